@@ -1,0 +1,1795 @@
+"""Network Pruning via Transformable Architecture Search (TAS), in one file.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import datetime
+import difflib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ABSENT = -1e4  # logit of a candidate that a row of alpha or beta does not have: probability 0
+
+
+class TASError(ValueError):
+    """A mistake that the user can mend: the message names the thing and the remedy."""
+
+
+def nearest(word, options):
+    """A hint such as " (did you mean resnet56?)", or "" when nothing is near."""
+    near = difflib.get_close_matches(str(word), list(options), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+# ------------------------------------------------------------------------------------------------
+# Shapes and their cost
+# ------------------------------------------------------------------------------------------------
+
+class Arch(NamedTuple):
+    """An unpruned network: blocks and channels of every stage, and the kind of block."""
+
+    depths: tuple  # blocks in each stage
+    widths: tuple  # channels of each stage; a bottleneck's last conv has four times as many
+    kernels: tuple  # kernel size of each conv of a block; the stride is in the first 3x3
+    small: bool  # 32x32 stem (one 3x3 conv) and pooled shortcuts, else ImageNet's
+
+
+BASIC, BOTTLENECK = (3, 3), (1, 3, 1)
+ARCHS = {
+    "resnet20": Arch((3, 3, 3), (16, 32, 64), BASIC, True),
+    "resnet32": Arch((5, 5, 5), (16, 32, 64), BASIC, True),
+    "resnet44": Arch((7, 7, 7), (16, 32, 64), BASIC, True),
+    "resnet56": Arch((9, 9, 9), (16, 32, 64), BASIC, True),
+    "resnet110": Arch((18, 18, 18), (16, 32, 64), BASIC, True),
+    "resnet164": Arch((18, 18, 18), (16, 32, 64), BOTTLENECK, True),
+    "resnet18": Arch((2, 2, 2, 2), (64, 128, 256, 512), BASIC, False),
+    "resnet34": Arch((3, 4, 6, 3), (64, 128, 256, 512), BASIC, False),
+    "resnet50": Arch((3, 4, 6, 3), (64, 128, 256, 512), BOTTLENECK, False),
+    "resnet101": Arch((3, 4, 23, 3), (64, 128, 256, 512), BOTTLENECK, False),
+}
+
+
+def _check_arch(arch):
+    if not isinstance(arch, str) or arch not in ARCHS:
+        raise TASError(f"unknown arch {str(arch)[:40]!r}{nearest(arch, ARCHS)}; "
+                       f"known: {', '.join(ARCHS)}")
+
+
+def _check_int(name, value, low, high):
+    if type(value) is not int or not low <= value <= high:
+        raise TASError(f"{name} must be a whole number from {low} to {high}, not {str(value)[:40]}")
+
+
+def _check_list(name, value, lengths):
+    if not isinstance(value, (list, tuple)) or len(value) not in lengths:
+        got = f"a list of {len(value)}" if isinstance(value, (list, tuple)) else str(value)[:40]
+        raise TASError(f"{name} must be a list of {min(lengths)} to {max(lengths)}, not {got}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The size of one network. Every ResNet is built from one; `Space(arch).full` is the unpruned.
+
+    stem: channels of the first conv. stages[s][b]: channels of the convs of block b of stage s, as
+    many blocks as are kept. Raises TASError that names the field when a value is no pruned size
+    of `arch`.
+    """
+
+    arch: str
+    num_classes: int
+    image_size: int
+    stem: int
+    stages: list
+
+    def __post_init__(self):
+        _check_arch(self.arch)
+        arch = ARCHS[self.arch]
+        _check_int("num_classes", self.num_classes, 2, 25_000)
+        _check_int("image_size", self.image_size, 8, 1024)
+        _check_int("stem", self.stem, 1, arch.widths[0])
+        _check_list("stages", self.stages, [len(arch.depths)])
+        for s, blocks in enumerate(self.stages):
+            _check_list(f"stages[{s}]", blocks, range(1, arch.depths[s] + 1))
+            for b, widths in enumerate(blocks):
+                _check_list(f"stages[{s}][{b}]", widths, [len(arch.kernels)])
+                for i, (width, full) in enumerate(zip(widths, _full_widths(arch, s))):
+                    _check_int(f"stages[{s}][{b}][{i}]", width, 1, full)
+        plain = [[list(widths) for widths in blocks] for blocks in self.stages]
+        object.__setattr__(self, "stages", plain)
+
+    def __hash__(self):
+        return hash(str(self))
+
+    @property
+    def convs(self):
+        """Channels of every conv in order: the stem, then those of each block."""
+        return [self.stem, *itertools.chain(*itertools.chain(*self.stages))]
+
+    @classmethod
+    def load(cls, path):
+        """The Shape of a JSON file; TASError names what is wrong with it."""
+        fields = read_json(path)
+        names = [field.name for field in dataclasses.fields(cls)]
+        if wrong := sorted(set(names) ^ set(fields)):
+            raise TASError(f"{path}: a shape has the fields {', '.join(names)}; "
+                           f"missing or unknown: {', '.join(wrong)[:80]}")
+        try:
+            return cls(**fields)
+        except TASError as error:
+            raise TASError(f"{path}: {error}") from None
+
+    def save(self, path):
+        """Write the Shape as JSON, whole or not at all."""
+        write_file(path, json.dumps(dataclasses.asdict(self)).encode() + b"\n")
+
+
+def _full_widths(arch, stage):
+    """Channels of the convs of one unpruned block."""
+    width = arch.widths[stage]
+    return [width, width] if arch.kernels == BASIC else [width, width, 4 * width]
+
+
+def _candidate_widths(channels, round_to):
+    """C*k//10 for k = 3..10; with round_to, the nearest multiples of it, and C itself."""
+    widths = [channels * k // 10 for k in range(3, 11)]
+    if round_to > 1:
+        widths = [max(1, (w + round_to // 2) // round_to) * round_to for w in widths]
+    return tuple(sorted({w for w in widths if w < channels} | {channels}))
+
+
+def _candidate_depths(blocks):
+    return tuple(sorted({*range(1, blocks + 1, 1 if blocks <= 3 else 2), blocks}))
+
+
+class Space:
+    """What may be pruned of an arch (paper: search space): a width for every conv, a depth for
+    every stage.
+
+    widths[j]: candidate widths of conv j (stem first, then block by block); depths[s]: candidate
+    numbers of blocks of stage s; full: the unpruned Shape. `search` "width" or "depth" keeps the
+    other at its full size; round_to restricts widths to its multiples and the full width.
+    """
+
+    def __init__(self, arch, num_classes=10, image_size=None, search="both", round_to=1):
+        _check_arch(arch)
+        spec = ARCHS[arch]
+        stages = [[_full_widths(spec, s)] * n for s, n in enumerate(spec.depths)]
+        size = image_size or (32 if spec.small else 224)
+        full = Shape(arch, num_classes, size, spec.widths[0], stages)
+        self._tabulate(
+            full,
+            [(c,) if search == "depth" else _candidate_widths(c, round_to) for c in full.convs],
+            [(n,) if search == "width" else _candidate_depths(n) for n in spec.depths])
+
+    @classmethod
+    def single(cls, shape):
+        """The space whose only member is `shape`."""
+        space = cls.__new__(cls)
+        space._tabulate(shape, [(c,) for c in shape.convs], [(len(s),) for s in shape.stages])
+        return space
+
+    def _tabulate(self, full, widths, depths):
+        """Tables of the cost function, float64 (exact for whole numbers up to 2^53)."""
+        self.full, self.widths, self.depths = full, widths, depths
+        self.K, self.D = max(map(len, widths)), max(map(len, depths))
+        arch, n = ARCHS[full.arch], len(ARCHS[full.arch].kernels)
+        self.starts = list(itertools.accumulate(map(len, full.stages), initial=0))  # first blocks
+        size = full.image_size if arch.small else -(-full.image_size // 2)
+        self.stem_cost = 3 * (9 if arch.small else 49) * size ** 2  # times the stem's channels
+        size = size if arch.small else -(-size // 2)  # max pooling
+        cost, project, free = [], [], []
+        for stage, blocks in enumerate(full.stages):
+            for block in range(len(blocks)):
+                stride = 2 if stage and not block else 1
+                after = -(-size // stride)
+                hw = [(size if arch.kernels[:i + 1] == (1,) else after) ** 2 for i in range(n)]
+                cost.append([k * k * area for k, area in zip(arch.kernels, hw)])
+                project.append(after ** 2)
+                free.append(stride == 1)  # no projection where widths agree
+                size = after
+        values = sorted(set(itertools.chain(*widths)))
+        member = torch.zeros(len(widths), self.K, len(values))
+        for j, row in enumerate(widths):
+            member[j, range(len(row)), [values.index(c) for c in row]] = 1
+        # A row's missing candidates repeat its first width; their probability is 0.
+        self.table = torch.tensor([[*row, *row[:1] * (self.K - len(row))] for row in widths])
+        self.values = torch.tensor(values).double()  # [V] every width that occurs
+        self.member = member.double()  # [convs, K, V] candidate k of conv j is width v
+        self.conv_cost = torch.tensor(cost).double().T  # [n, blocks]
+        self.project_cost = torch.tensor(project).double()  # [blocks]
+        self.free = torch.tensor(free).double()  # [blocks]
+        self.last = [torch.tensor(row) - 1 for row in depths]  # last block of each depth
+        self.reach = [torch.tensor([[float(b < d) for d in row] for b in range(len(blocks))])
+                      .double() for row, blocks in zip(depths, full.stages)]  # [blocks, D]
+
+    def to(self, device):
+        """Move the tables, once, so that the cost is computed where alpha and beta are."""
+        if self.values.device != device:
+            for name, value in vars(self).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(self, name, value.to(device))
+            self.last, self.reach = ([t.to(device) for t in x] for x in (self.last, self.reach))
+        return self
+
+    def shape(self, width_index, depth_index):
+        """The Shape of one candidate per conv and per stage; indices are sequences of int."""
+        widths = [row[int(i)] for row, i in zip(self.widths, width_index)]
+        n, stages = len(ARCHS[self.full.arch].kernels), []
+        for s, depths in enumerate(self.depths):
+            first = 1 + n * self.starts[s]
+            stages.append([widths[first + n * b:first + n * b + n]
+                           for b in range(depths[int(depth_index[s])])])
+        return dataclasses.replace(self.full, stem=widths[0], stages=stages)
+
+
+def _block_macs(conv_cost, project_cost, c_in, widths, same):
+    """MACs of a block: convs of `widths` after `c_in` channels, and its projection. `same` is
+    c_in * c_out where the shortcut is the identity. Concrete widths or expectations alike."""
+    macs = project_cost * (c_in * widths[-1] - same)
+    for cost, c_out in zip(conv_cost, widths):
+        macs = macs + cost * c_in * c_out
+        c_in = c_out
+    return macs
+
+
+def expected_macs(space, p, q):
+    """Expected MACs of a network whose sizes are independent (paper: expected cost).
+
+    p: [convs, K] width probabilities; q: [stages, D] depth probabilities; entries past a row's
+    candidates are ignored. Returns a float64 0-d tensor, differentiable. One-hot p and q give
+    exactly the MACs of that network. MACs are multiply-accumulates of conv and linear layers (the
+    paper prints them as FLOPs).
+    """
+    space.to(p.device)
+    p, q = p.double(), q.double()
+    dist = torch.einsum("ck,ckv->cv", p, space.member)  # [convs, V] P(width of conv = v)
+    mean = dist @ space.values  # [convs]
+    n = space.conv_cost.shape[0]
+    ends = dist[n::n]  # [blocks, V] output widths of blocks
+    enter, sources, keep = dist[0], [], []
+    for s, (last, reach) in enumerate(zip(space.last, space.reach)):
+        blocks, q_s = ends[space.starts[s]:space.starts[s + 1]], q[s, :len(last)]
+        sources += [enter[None], blocks[:-1]]
+        keep.append(reach @ q_s)  # P(depth > b)
+        enter = q_s @ blocks.index_select(0, last)  # [V] the stage ends at a random block
+    source, keep = torch.cat(sources), torch.cat(keep)  # [blocks, V] input widths, [blocks]
+    same = space.free * (source * ends @ space.values ** 2)  # E[c_in c_out 1(c_in = c_out)]
+    widths = mean[1:].view(-1, n).T  # [n, blocks]
+    blocks = keep * _block_macs(space.conv_cost, space.project_cost,
+                                source @ space.values, widths, same)
+    head = enter @ space.values * space.full.num_classes
+    return space.stem_cost * mean[0] + blocks.sum() + head
+
+
+def count_macs(shape):
+    """MACs of one image through the network of `shape`, an int; BN, bias, ReLU, pooling and
+    additions are not counted."""
+    ones = torch.ones(len(shape.convs), 1)
+    return int(expected_macs(Space.single(shape), ones, ones[:len(shape.stages)]))
+
+
+def count_params(shape):
+    """Number of trainable parameters of `ResNet(shape)`."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in ResNet(shape).parameters())
+
+
+# ------------------------------------------------------------------------------------------------
+# Networks
+# ------------------------------------------------------------------------------------------------
+
+def _conv(c_in, c_out, kernel, stride=1):
+    return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+
+
+def _shortcut_pool(arch, stride):
+    """CIFAR shortcuts halve the image by averaging, ImageNet's by the stride of their 1x1 conv."""
+    return nn.AvgPool2d(2, ceil_mode=True) if arch.small and stride == 2 else nn.Identity()
+
+
+def _init_convs(net):
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class Block(nn.Module):
+    """Residual block, basic or bottleneck, with torchvision's names. [N, c_in, H, W] ->
+    [N, widths[-1], H/stride, W/stride]."""
+
+    def __init__(self, arch, c_in, widths, stride):
+        super().__init__()
+        self.n, c = len(widths), c_in
+        for i, (kernel, width) in enumerate(zip(arch.kernels, widths)):
+            self.add_module(f"conv{i + 1}", _conv(c, width, kernel,
+                                                  stride if i == arch.kernels.index(3) else 1))
+            self.add_module(f"bn{i + 1}", nn.BatchNorm2d(width))
+            c = width
+        self.pool, self.downsample = nn.Identity(), nn.Identity()
+        if stride == 2 or c_in != c:
+            self.pool = _shortcut_pool(arch, stride)
+            self.downsample = nn.Sequential(
+                _conv(c_in, c, 1, 1 if arch.small else stride), nn.BatchNorm2d(c))
+
+    def forward(self, x):
+        y = x
+        for i in range(1, self.n + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            if i < self.n:
+                y = F.relu(y)
+        return F.relu(y + self.downsample(self.pool(x)))
+
+
+class ResNet(nn.Module):
+    """The network of a Shape, pruned or not, CIFAR or ImageNet. [N, 3, H, W] -> [N, classes].
+
+    Full ImageNet shapes take torchvision's state dicts and give its outputs.
+    """
+
+    def __init__(self, shape):
+        super().__init__()
+        arch = ARCHS[shape.arch]
+        self.shape = shape
+        self.conv1 = _conv(3, shape.stem, 3) if arch.small else _conv(3, shape.stem, 7, 2)
+        self.bn1 = nn.BatchNorm2d(shape.stem)
+        self.maxpool = nn.Identity() if arch.small else nn.MaxPool2d(3, 2, 1)
+        self.layers, c = [], shape.stem
+        for s, blocks in enumerate(shape.stages):
+            layer = nn.Sequential()
+            for b, widths in enumerate(blocks):
+                layer.append(Block(arch, c, widths, 2 if s and not b else 1))
+                c = widths[-1]
+            self.add_module(f"layer{s + 1}", layer)
+        self.fc = nn.Linear(c, shape.num_classes)
+        _init_convs(self)
+
+    def forward(self, x):
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))  # [N, stem, H, W]; ImageNet H/4, W/4
+        for s in range(len(self.shape.stages)):
+            x = getattr(self, f"layer{s + 1}")(x)  # [N, C_s, H/2^s, W/2^s]
+        return self.fc(x.mean((2, 3)))  # [N, classes]
+
+
+# ------------------------------------------------------------------------------------------------
+# Transformable network
+# ------------------------------------------------------------------------------------------------
+
+def cwi_matrix(c_in, c_out, size=None, dtype=torch.float32):
+    """Channel-wise interpolation (CWI) as a matrix [c_out, c_in]: row o averages the input
+    channels floor(o c_in / c_out) ... ceil((o + 1) c_in / c_out) - 1, as adaptive pooling does.
+
+    With `size` the widths are integer tensors [..., 1, 1] on a device, and the result is padded
+    with zeros to [..., size, size], so that its shape does not depend on them.
+    """
+    device = c_in.device if isinstance(c_in, torch.Tensor) else None
+    row = torch.arange(size or c_out, device=device)[:, None]  # [rows, 1]
+    column = torch.arange(size or c_in, device=device)  # [columns]
+    first = row * c_in // c_out
+    end = -((row + 1) * -c_in // c_out)
+    inside = (column >= first) & (column < end) & (row < c_out)
+    return inside.to(dtype) / (end - first)
+
+
+def pad_matrix(c_in, c_out, size, dtype):
+    """Alignment by zero-padding instead of CWI (paper's ablation), in the form of cwi_matrix."""
+    row = torch.arange(size, device=c_in.device)[:, None]
+    return ((row == row.T) & (row < c_in)).to(dtype)
+
+
+def channel_wise_interpolation(x, c_out):
+    """x [N, C, ...] -> [N, c_out, ...], each output channel the mean of its share of the inputs."""
+    return torch.einsum("oc,nc...->no...", cwi_matrix(x.shape[1], c_out, dtype=x.dtype).to(x), x)
+
+
+class Sample(NamedTuple):
+    """One draw of sizes: what a forward pass of SuperResNet mixes."""
+
+    index: torch.Tensor  # [convs, S] distinct candidate widths of every conv
+    weight: torch.Tensor  # [convs, S] their weights, summing to 1
+    depth: torch.Tensor  # [stages, D] weights of all candidate depths, summing to 1
+
+
+def sample_sizes(alpha, beta, tau, num_samples=2, gumbel=True):
+    """Gumbel-Softmax over sizes (paper: sampled sizes): a Sample, differentiable in the logits.
+
+    alpha [convs, K], beta [stages, D]; tau: float or 0-d tensor > 0. z = (log p + g) / tau;
+    num_samples distinct candidates are drawn with probabilities softmax(z), which is what taking
+    the largest of z plus a second Gumbel noise does, and weighted by softmax(z) over the drawn.
+    gumbel=False leaves g out (ablation). No host sync; finite in fp32 for any finite logits.
+    """
+    def noise(logits):
+        return -torch.empty_like(logits).exponential_().log()
+
+    def perturb(logits):
+        logits = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return (logits + noise(logits) if gumbel else logits) / tau
+
+    z = perturb(alpha)  # [convs, K]
+    drawn = z.detach() + noise(z.detach())
+    index = drawn.topk(min(num_samples, alpha.shape[1])).indices  # [convs, S]
+    return Sample(index, z.gather(1, index).softmax(-1), perturb(beta).softmax(-1))
+
+
+class MixedConv(nn.Module):
+    """A searched conv with its BNs: the weighted sum, over the sampled widths c_i, of
+    CWI(BN_i(first c_i channels of conv(x)), largest c_i).
+
+    Batch statistics are per channel, so the candidates differ in the affine part of their BN
+    alone, and CWI is a matrix. Hence one conv at full width, one normalisation and one C x C
+    channel mix give the sum exactly, with shapes that no sample changes.
+    """
+
+    def __init__(self, c_in, widths, kernel, stride=1, align=cwi_matrix):
+        super().__init__()
+        c = max(widths)
+        self.conv, self.align = _conv(c_in, c, kernel, stride), align
+        self.gamma = nn.Parameter(torch.ones(len(widths), c))  # [K, C] one affine per candidate
+        self.beta = nn.Parameter(torch.zeros(len(widths), c))
+        self.register_buffer("widths", torch.tensor(widths), persistent=False)
+        self.register_buffer("running_mean", torch.zeros(c))
+        self.register_buffer("running_var", torch.ones(c))
+
+    def forward(self, x, index, weight):
+        """x [N, c_in, H, W]; index, weight [S] -> y [N, C, H', W'], zero past its width m; and m
+        as a 0-d tensor."""
+        width = self.widths.index_select(0, index)  # [S]
+        m = width.max()
+        x = F.batch_norm(self.conv(x), self.running_mean, self.running_var,
+                         training=self.training)  # [N, C, H', W']
+        t = self.align(width[:, None, None], m, self.gamma.shape[1], self.gamma.dtype)  # [S, C, C]
+        t = t * weight.to(t)[:, None, None]
+        mix = (t * self.gamma.index_select(0, index)[:, None]).sum(0)  # [C, C]
+        bias = (t * self.beta.index_select(0, index)[:, None]).sum((0, 2))  # [C]
+        return F.conv2d(x, mix[:, :, None, None], bias), m
+
+
+class MixedBlock(nn.Module):
+    """A residual block of searched convs. The projection shares the sample of the last conv."""
+
+    def __init__(self, arch, c_in, widths, stride, align):
+        super().__init__()
+        self.convs, c = nn.ModuleList(), c_in
+        for i, (kernel, candidates) in enumerate(zip(arch.kernels, widths)):
+            stride_i = stride if i == arch.kernels.index(3) else 1
+            self.convs.append(MixedConv(c, candidates, kernel, stride_i, align))
+            c = max(candidates)
+        self.pool, self.projection = _shortcut_pool(arch, stride), None
+        if stride == 2 or c_in != c:
+            self.projection = MixedConv(c_in, widths[-1], 1, 1 if arch.small else stride, align)
+
+    def forward(self, x, width, sizes):
+        """x [N, C, H, W] of `width` channels, one (index, weight) per conv -> the same."""
+        y = x
+        for conv, size in zip(self.convs, sizes):
+            y, m = conv(y if y is x else F.relu(y), *size)
+        if self.projection is None:
+            return F.relu(y + x), torch.maximum(m, width)
+        return F.relu(y + self.projection(self.pool(x), *sizes[-1])[0]), m
+
+
+class SuperResNet(nn.Module):
+    """The unpruned network with every size a random variable (paper: transformable network).
+
+    Parameters alpha [convs, K] and beta [stages, D] are the logits of the width and the depth
+    distributions; `forward(x, sample)` mixes the sampled sizes: [N, 3, H, W] -> [N, classes].
+    There is no host sync and every tensor shape is fixed, so a step compiles to one graph, and
+    its cost does not depend on the number of sampled candidates. Widths are carried along as
+    0-d tensors; channels past a width are zeros, so zero-padding needs no code.
+    """
+
+    def __init__(self, space, align="cwi"):
+        super().__init__()
+        arch, align = ARCHS[space.full.arch], cwi_matrix if align == "cwi" else pad_matrix
+        self.space, self.align = space, align
+        self.stem = MixedConv(3, space.widths[0], *((3, 1) if arch.small else (7, 2)), align)
+        self.maxpool = nn.Identity() if arch.small else nn.MaxPool2d(3, 2, 1)
+        self.stages, c, n = nn.ModuleList(), max(space.widths[0]), len(arch.kernels)
+        rows = iter(space.widths[1:])
+        for s, blocks in enumerate(space.full.stages):
+            self.stages.append(nn.ModuleList())
+            for b in range(len(blocks)):
+                widths = list(itertools.islice(rows, n))
+                self.stages[s].append(MixedBlock(arch, c, widths, 2 if s and not b else 1, align))
+                c = max(widths[-1])
+        self.fc = nn.Linear(c, space.full.num_classes)
+        self.alpha = nn.Parameter(self._logits(space.widths))
+        self.beta = nn.Parameter(self._logits(space.depths))
+        _init_convs(self)
+
+    @staticmethod
+    def _logits(rows):
+        logits = torch.randn(len(rows), max(map(len, rows))) * 0.01
+        for row, candidates in zip(logits, rows):
+            row[len(candidates):] = ABSENT
+        return logits
+
+    def weights(self):
+        """All parameters but alpha and beta."""
+        return [p for p in self.parameters() if p is not self.alpha and p is not self.beta]
+
+    def probabilities(self):
+        """p [convs, K] and q [stages, D]."""
+        return self.alpha.softmax(-1), self.beta.softmax(-1)
+
+    def forward(self, x, sample):
+        sizes = list(zip(sample.index.unbind(), sample.weight.unbind()))
+        x, width = self.stem(x, *sizes[0])  # [N, C, H, W]
+        x, at = self.maxpool(F.relu(x)), 1
+        for stage, depths, q_hat in zip(self.stages, self.space.depths, sample.depth.unbind()):
+            outputs = []
+            for b, block in enumerate(stage):
+                x, width = block(x, width, sizes[at:at + len(block.convs)])
+                at += len(block.convs)
+                if b + 1 in depths:
+                    outputs.append((x, width))
+            x = self._mix_depths(outputs, q_hat)
+        return self.fc(x.mean((2, 3)))  # [N, classes]
+
+    def _mix_depths(self, outputs, q_hat):
+        """Sum over candidate depths of q_hat_d * CWI(output of block d, M). A stage's later blocks
+        have identity shortcuts, so the last output is the widest: M is its width."""
+        *shallow, (x, m) = outputs
+        q_hat = q_hat.unbind()
+        if shallow:
+            x = q_hat[len(shallow)].to(x.dtype) * x
+        for weight, (y, width) in zip(q_hat, shallow):
+            t = self.align(width[None, None], m, y.shape[1], q_hat[0].dtype)  # [C, C]
+            x = x + F.conv2d(y, (weight * t)[:, :, None, None])
+        return x
+
+
+# ------------------------------------------------------------------------------------------------
+# Search objective
+# ------------------------------------------------------------------------------------------------
+
+def cost_loss(expected, actual, target, tolerance=0.05):
+    """Paper's cost loss: log E[MACs] when the argmax network is too large, its negative when it is
+    too small, 0 inside target (1 -+ tolerance). expected: 0-d tensor; actual, target: MACs."""
+    actual = torch.as_tensor(actual, device=expected.device)
+    over, under = actual > (1 + tolerance) * target, actual < (1 - tolerance) * target
+    return (over.to(expected) - under.to(expected)) * expected.log()
+
+
+def argmax_macs(space, p, q):
+    """MACs of the most probable network, a 0-d tensor on the device of p and q."""
+    return expected_macs(space, F.one_hot(p.argmax(-1), p.shape[1]),
+                         F.one_hot(q.argmax(-1), q.shape[1]))
+
+
+def extract(space, alpha, beta, target, tolerance=0.05):
+    """The pruned network's Shape: the argmax one if its MACs lie in target (1 -+ tolerance), else
+    the most probable one in that band.
+
+    alpha [convs, K], beta [stages, D]: logits; target: MACs. A Shape's probability is that of its
+    depths and of the widths of its blocks. No Shape in target (1 -+ tolerance/2) is more probable
+    than the result. Raises TASError with the smallest and largest possible MACs when no Shape is in
+    the band.
+    """
+    log_p, log_q = _log_probabilities(space, alpha, beta)
+    shape = space.shape([row.argmax() for row in log_p], [row.argmax() for row in log_q])
+    if abs(count_macs(shape) - target) <= tolerance * target:
+        return shape
+    return _shape_in_band(space, log_p, log_q, target, tolerance, _Argmax)
+
+
+def draw_shape(space, target, tolerance=0.05):
+    """A random Shape: every size uniform among its candidates, given that the MACs are in the band
+    (ablation). Uses the global random state of torch."""
+    log_p, log_q = _log_probabilities(space, torch.zeros(len(space.widths), space.K),
+                                      torch.zeros(len(space.depths), space.D))
+    return _shape_in_band(space, log_p, log_q, target, tolerance, _Draw)
+
+
+def scale_shape(space, target, tolerance=0.05, round_to=1):
+    """All widths times one factor, depths kept, MACs nearest to the target (ablation)."""
+    def scaled(factor):
+        def width(c):
+            return min(c, max(1, round(c * factor / round_to)) * round_to)
+        full = space.full
+        return dataclasses.replace(full, stem=width(full.stem), stages=[
+            [[width(c) for c in widths] for widths in blocks] for blocks in full.stages])
+
+    shapes = {scaled(k / 512) for k in range(1, 513)}
+    shape = min(shapes, key=lambda shape: (abs(count_macs(shape) - target), str(shape)))
+    if abs(count_macs(shape) - target) > tolerance * target:
+        raise TASError(f"no uniform width gives {target:,.0f} MACs within {tolerance:.1%}; the "
+                       f"nearest has {count_macs(shape):,}: choose another --flops")
+    return shape
+
+
+class _Argmax:
+    """How the dynamic program joins two ways to a state, and goes back: to the better one."""
+    join = torch.maximum
+    pick = torch.argmax
+
+
+class _Draw:
+    """The same, summing probabilities and drawing a way in proportion."""
+    join = torch.logaddexp
+
+    @staticmethod
+    def pick(scores):
+        return torch.multinomial(scores.softmax(0), 1)[0]
+
+
+def _log_probabilities(space, alpha, beta):
+    """log p and log q as lists of rows without absent candidates, float64 on the CPU."""
+    def rows(logits, candidates):
+        logits = logits.detach().double().cpu()
+        if logits.isnan().any() or len(logits) != len(candidates):
+            raise TASError(f"expected {len(candidates)} rows of logits without NaN")
+        return [row[:len(c)].clamp(-1e9, 1e9).log_softmax(0) for row, c in zip(logits, candidates)]
+    return rows(alpha, space.widths), rows(beta, space.depths)
+
+
+def _layers(space, log_p):
+    """MACs and log-probability of every choice of the chain stem, blocks, head: tensors
+    [A, M, O] over input widths, combinations of inner widths, and output widths."""
+    space.to(torch.device("cpu"))
+    n, widths = len(space.conv_cost), [torch.tensor(row).double() for row in space.widths]
+    macs, scores = [space.stem_cost * widths[0][None, None]], [log_p[0][None, None]]
+    for b in range(len(space.free)):
+        convs = range(n * b, n * b + n + 1)  # the previous block's last conv, then this block's
+        c_in, *c = torch.meshgrid(*[widths[j] for j in convs], indexing="ij")
+        same = space.free[b] * (c_in == c[-1]) * c_in * c[-1]
+        cost = _block_macs(space.conv_cost[:, b], space.project_cost[b], c_in, c, same)
+        logs = torch.meshgrid(log_p[n * b] * 0, *[log_p[j] for j in convs[1:]], indexing="ij")
+        macs.append(cost.flatten(1, -2))
+        scores.append(sum(logs).flatten(1, -2))
+    macs.append(widths[-1][:, None, None] * space.full.num_classes)
+    scores.append(macs[-1] * 0)
+    return macs, scores
+
+
+class _Program:
+    """Dynamic program over the chain of layers. A state is (output width, MACs in cells); its
+    value joins the scores of all ways to it. `final` [size] holds the values of whole networks."""
+
+    def __init__(self, space, macs, scores, log_q, cell, size, rule):
+        self.space, self.scores, self.rule = space, scores, rule
+        self.cells = [(m / cell).round().long() for m in macs]
+        self.exits = {}  # layer -> log q of the depth that ends there
+        for s, depths in enumerate(space.depths):
+            self.exits |= {space.starts[s] + d: q for d, q in zip(depths, log_q[s].tolist())}
+        self.before, self.after = [], []
+        state = torch.zeros(1, size).double().log()  # nothing is reached ...
+        state[0, 0] = 0  # ... but the input
+        for i in range(len(macs)):
+            self.before.append(state)
+            state = self._add_layer(state, i)
+            self.after.append(state)
+            if i in space.starts[1:]:  # the stage may have ended at any of its depths
+                state = torch.full_like(state, -math.inf)
+                for j in self._stage_exits(i):
+                    state = rule.join(state, self.after[j] + self.exits[j])
+        self.final = state[0]
+
+    def _stage_exits(self, end):
+        start = self.space.starts[self.space.starts.index(end) - 1]
+        return [j for j in self.exits if start < j <= end]
+
+    def _add_layer(self, state, i):
+        """[A, size] -> [O, size]"""
+        size = state.shape[1]
+        new = torch.full((self.cells[i].shape[2], size), -math.inf).double()
+        for cells, scores, old in zip(self.cells[i].tolist(), self.scores[i].tolist(), state):
+            for o, k, score in ((o, k, score) for row in zip(cells, scores)
+                                for o, (k, score) in enumerate(zip(*row)) if k < size):
+                self.rule.join(new[o, k:], old[:size - k] + score, out=new[o, k:])
+        return new
+
+    def shape(self, cell):
+        """The Shape found by going back from `final[cell]`."""
+        width_index, depth_index = [0] * len(self.space.widths), [0] * len(self.space.depths)
+        i, o, n = len(self.cells) - 1, 0, len(self.space.conv_cost)
+        while True:
+            left = cell - self.cells[i][:, :, o]  # [A, M]
+            value = self.before[i].gather(1, left.clamp(min=0)) + self.scores[i][:, :, o]
+            pick = self.rule.pick(value.masked_fill(left < 0, -math.inf).flatten())
+            a, m = divmod(int(pick), left.shape[1])
+            if 0 < i < len(self.cells) - 1:
+                first = 1 + n * (i - 1)
+                for j in reversed(range(first, first + n - 1)):  # inner widths, last one fastest
+                    m, width_index[j] = divmod(m, len(self.space.widths[j]))
+            if i == 0:
+                return self.space.shape(width_index, depth_index)
+            cell, o, i = int(left.flatten()[pick]), a, i - 1
+            if i in self.space.starts[1:]:
+                exits = self._stage_exits(i)
+                pick = int(self.rule.pick(torch.stack(
+                    [self.after[j][o, cell] + self.exits[j] for j in exits])))
+                depth_index[self.space.starts.index(i) - 1], i = pick, exits[pick]
+            width_index[n * i] = o
+
+
+def _shape_in_band(space, log_p, log_q, target, tolerance, rule):
+    """The most probable Shape in the band, or a drawn one. MACs are counted in cells so small that
+    all roundings of a path stay below a quarter of the band's half-width; only cells whose paths
+    must lie in the band are looked at. Smaller cells serve spaces with few Shapes."""
+    macs, scores = _layers(space, log_p)
+    free = [row * 0 for row in log_q]
+    ends = [_Program(space, macs, [sign * m for m in macs], free, math.inf, 1, _Argmax)
+            for sign in (-1, 1)]
+    low, high = -int(ends[0].final), int(ends[1].final)
+    if low <= (1 + tolerance) * target and high >= (1 - tolerance) * target:
+        for refine in (1, 8, 64, 512):
+            cell = tolerance * target / (2 * len(macs) * refine)
+            size, margin = int((1 + tolerance) * target / cell) + 1, len(macs) * cell / 2
+            if refine > 1 and size > 1_000_000:
+                break
+            program = _Program(space, macs, scores, log_q, cell, size, rule)
+            off = (torch.arange(size) * cell - target).abs()
+            final = program.final.masked_fill(off > tolerance * target - margin, -math.inf)
+            if final.max() > -math.inf:
+                return program.shape(int(rule.pick(final)))
+            for end, extreme in zip(ends, (low, high)):
+                if abs(extreme - target) <= tolerance * target:
+                    return end.shape(0)
+    raise TASError(f"no shape has {target:,.0f} MACs within {tolerance:.1%}; possible are {low:,} "
+                   f"to {high:,} ({low / count_macs(space.full):.3f} to "
+                   f"{high / count_macs(space.full):.3f} of the unpruned network)")
+
+
+# ------------------------------------------------------------------------------------------------
+# Knowledge transfer
+# ------------------------------------------------------------------------------------------------
+
+def kd_loss(student_logits, teacher_logits, labels, weight=0.9, temperature=4.0):
+    """Knowledge distillation: (1 - weight) CE + weight T^2 KL(teacher || student at temperature T).
+
+    student_logits, teacher_logits [N, classes], labels [N] -> mean over the batch, 0-d.
+    """
+    soft = F.kl_div(F.log_softmax(student_logits / temperature, 1),
+                    F.log_softmax(teacher_logits / temperature, 1),
+                    reduction="batchmean", log_target=True)
+    hard = F.cross_entropy(student_logits, labels)
+    return (1 - weight) * hard + weight * temperature ** 2 * soft
+
+
+@torch.no_grad()
+def inherit_weights(student, teacher):
+    """Copy the first channels of every layer of `teacher` into `student` (paper: Init), both
+    ResNets; layers that only the student has keep theirs. Returns the student."""
+    source = teacher.state_dict()
+    for name, tensor in student.state_dict().items():
+        if name in source:
+            tensor.copy_(source[name][tuple(slice(n) for n in tensor.shape)])
+    return student
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's convention, for all data
+
+
+def normalize(images):
+    """uint8 images [N, 3, H, W] -> the float input of every network here, (x / 255 - mean) / std."""
+    mean, std = _mean_std(images.device)
+    return (images - mean) / std
+
+
+_constants = {}
+
+
+def _mean_std(device):
+    """255 times MEAN and STD, [1, 3, 1, 1], copied to a device once."""
+    if device not in _constants:
+        _constants[device] = [255 * torch.tensor(t, device=device).view(1, 3, 1, 1)
+                              for t in (MEAN, STD)]
+    return _constants[device]
+
+
+class SmallImages:
+    """A split of small images, in memory on the device. Random crops of the zero-padded images and
+    flips are one gather per batch.
+
+    images uint8 [N, H, W, 3], labels [N].
+    """
+
+    def __init__(self, images, labels, device):
+        self.size, self.labels = images.shape[1], labels.to(device)
+        black = torch.zeros(1, 3, dtype=torch.uint8)
+        self.pixels = torch.cat([images.reshape(-1, 3), black]).to(device)  # [N*H*W + 1, 3]
+
+    def batches(self, order, batch_size, train, rank=0, world=1):
+        """Normalised images [B, 3, H, W] and labels [B] in the given order of indices. `train`
+        augments and drops the last, incomplete batch. Each of `world` processes gets its share of
+        every batch; all of them draw the whole batch's random numbers, and so stay in step."""
+        device, size, pad = self.labels.device, self.size, 4
+        order, line = order.to(device), torch.arange(size, device=device)
+        for start in range(0, len(order) - (batch_size - 1 if train else 0), batch_size):
+            index = order[start:start + batch_size]
+            row = column = line.expand(len(index), size)  # [B, size]
+            if train:
+                shift = torch.randint(-pad, pad + 1, (2, len(index), 1), device=device)
+                flip = torch.rand(len(index), 1, device=device) < 0.5
+                row, column = row + shift[0], torch.where(flip, size - 1 - column, column) + shift[1]
+            index, row, column = (t[rank::world] for t in (index, row, column))
+            row, column = row[:, :, None], column[:, None]
+            pixel = (index[:, None, None] * size + row) * size + column  # [B, H, W]
+            if train:
+                inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
+                pixel = pixel.where(inside, len(self.pixels) - 1)
+            images = self.pixels.index_select(0, pixel.flatten()).view(*pixel.shape, 3)
+            yield normalize(images.permute(0, 3, 1, 2)), self.labels[index]
+
+
+class _Decoded(torch.utils.data.Dataset):
+    """Decoded and transformed image files. An item is (index, seed of its augmentation), so that
+    the result depends neither on the number of workers nor on an interruption."""
+
+    def __init__(self, folder, size, train):
+        from torchvision.transforms import v2
+        self.folder = folder
+        steps = ([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.ColorJitter(.4, .4, .4)]
+                 if train else [v2.Resize(size * 256 // 224), v2.CenterCrop(size)])
+        if size <= 64:
+            steps = [v2.Resize(size), v2.CenterCrop(size)]
+        self.transform = v2.Compose([*steps, v2.PILToTensor()])
+
+    def __getitem__(self, item):
+        index, seed = item
+        path, label = self.folder.samples[index]
+        try:
+            image = self.folder.loader(path)
+        except Exception as error:  # pillow raises many kinds
+            raise TASError(f"cannot read the image {path}: {error}; replace or remove it") from None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(image), label
+
+
+class LargeImages:
+    """A split of image files, decoded and augmented by worker processes, normalised on the device.
+    The same interface as SmallImages."""
+
+    def __init__(self, folder, size, device, workers):
+        self.folder, self.size, self.device, self.workers = folder, size, device, workers
+        self.labels, self.loaders = torch.tensor(folder.targets), {}
+
+    def _loader(self, train, key):
+        if (train, key) not in self.loaders:
+            self.loaders[train, key] = torch.utils.data.DataLoader(
+                _Decoded(self.folder, self.size, train), batch_sampler=[], num_workers=self.workers,
+                pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0)
+        return self.loaders[train, key]
+
+    def batches(self, order, batch_size, train, rank=0, world=1):
+        seeds = torch.randint(2 ** 62, (len(order),)).tolist()
+        items = list(zip(order.tolist(), seeds))
+        stop = len(items) - (batch_size - 1 if train else 0)
+        loader = self._loader(train, len(order))
+        loader.batch_sampler[:] = [items[i:i + batch_size][rank::world]
+                                   for i in range(0, stop, batch_size)]
+        for images, labels in loader:
+            images = images.to(self.device, non_blocking=True)
+            yield (normalize(images.contiguous(memory_format=torch.channels_last)),
+                   labels.to(self.device, non_blocking=True))
+
+
+class Data(NamedTuple):
+    """A data set: two splits and its classes."""
+
+    train: object
+    test: object
+    classes: list
+
+
+def _synthetic(count, seed):
+    """Striped, checked and ringed 32x32 images of two periods: 10 classes. Phases, colours and
+    contrasts are random, so class means are alike and no linear model separates them."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 10
+
+    def uniform(*shape):
+        return torch.rand(count, *shape, generator=g)
+    period = torch.where(labels < 5, 9.0, 5.0)[:, None, None] * (0.9 + 0.2 * uniform(1, 1))
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    y, x = y + 32 * uniform(1, 1), x + 32 * uniform(1, 1)  # [N, 32, 32]
+    centre = torch.hypot(y - 32 - 32 * uniform(1, 1) + 16, x - 32 - 32 * uniform(1, 1) + 16)
+    slope = torch.where(uniform(1, 1) < 0.5, 1.0, -1.0)
+    turn = 2 * math.pi / period
+    waves = torch.stack([(y * turn).sin(), (x * turn).sin(), ((y + slope * x) * turn * 0.7).sin(),
+                         (y * turn).sin() * (x * turn).sin() * 1.4, (centre * turn).sin()])
+    wave = waves[labels % 5, torch.arange(count)]  # [N, 32, 32]
+    colour = (uniform(1, 1, 3) * 2 - 1) * 60  # [N, 1, 1, 3]
+    noise = torch.randn(count, 32, 32, 3, generator=g) * 40
+    images = 128 + wave[..., None] * colour + (uniform(1, 1, 3) - 0.5) * 60 + noise
+    return images.clamp(0, 255).byte(), labels
+
+
+def _cifar(name, root):
+    """torchvision's CIFAR, downloaded on first use; two pairs of uint8 images and labels."""
+    from torchvision import datasets
+    kind, splits = getattr(datasets, name.upper()), []
+    for train in (True, False):
+        try:
+            try:
+                split = kind(root, train)
+            except RuntimeError:  # not there yet
+                with contextlib.redirect_stdout(io.StringIO()):
+                    split = kind(root, train, download=True)
+        except Exception as error:  # no network, a broken archive, a read-only folder ...
+            raise TASError(
+                f"{name} is not in {root} and could not be downloaded ({str(error)[:120]}): put "
+                f"the folder {kind.base_folder} of {kind.filename} into {root}, or use "
+                "--data synthetic, which needs no files") from None
+        splits.append((torch.from_numpy(split.data), torch.tensor(split.targets)))
+    return splits, split.classes
+
+
+def _folders(root):
+    """torchvision's ImageFolders root/train and root/test or, without test, root/val."""
+    from torchvision.datasets import ImageFolder
+    root = Path(root)
+    parts = [root / "train", root / "test" if (root / "test").is_dir() else root / "val"]
+    folders = []
+    for part in parts:
+        try:
+            folders.append(ImageFolder(part))
+        except OSError as error:  # no folder, or a class without images
+            raise TASError(f"{part}: {str(error).split(' Supported')[0]} Put the images into "
+                           f"{root}/train/CLASS/ and {root}/val/CLASS/") from None
+    if folders[0].classes != folders[1].classes:
+        odd = sorted(set(folders[0].classes) ^ set(folders[1].classes))
+        raise TASError(f"{parts[0]} and {parts[1]} must have the same class folders; only one of "
+                       f"them has: {', '.join(odd)[:80]}")
+    return folders
+
+
+def load_data(name, root, image_size, device, workers):
+    """The Data of --data. Images up to 64 pixels are held in memory, larger ones are read on the
+    fly; raises TASError for what is missing, empty, unreadable or inconsistent."""
+    if name in ("imagenet", "folder"):
+        folders = _folders(root)
+        classes = folders[0].classes
+        if len(classes) < 2:
+            raise TASError(f"{root}/train has one class only; a classifier needs two or more")
+        if image_size > 64:
+            return Data(*[LargeImages(f, image_size, device, workers) for f in folders], classes)
+        splits = []
+        for folder in folders:
+            loader = torch.utils.data.DataLoader(
+                _Decoded(folder, image_size, False), num_workers=workers,
+                batch_sampler=[[(i, 0) for i in range(start, min(start + 500, len(folder)))]
+                               for start in range(0, len(folder), 500)])
+            images = torch.cat([batch for batch, _ in loader]).permute(0, 2, 3, 1)
+            splits.append((images, torch.tensor(folder.targets)))
+    elif image_size != 32:
+        raise TASError(f"{name} has images of 32 pixels; leave --image-size out or use it with "
+                       "--data folder")
+    elif name == "synthetic":
+        splits, classes = [_synthetic(4096, 1), _synthetic(1024, 2)], [str(i) for i in range(10)]
+    else:
+        splits, classes = _cifar(name, root)
+    return Data(*[SmallImages(*split, device) for split in splits], classes)
+
+
+def split_halves(labels, seed):
+    """Two class-balanced halves of the training set, as index tensors (paper: 50/50 split)."""
+    g = torch.Generator().manual_seed(seed)
+    halves = ([], [])
+    for c in labels.unique().tolist():
+        members = (labels.cpu() == c).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=g)]
+        extra = sum(map(len, halves[0])) > sum(map(len, halves[1]))  # odd classes take turns
+        middle = len(members) // 2 + (len(members) % 2 and not extra)
+        halves[0].append(members[:middle])
+        halves[1].append(members[middle:])
+    return [torch.cat(half) for half in halves]
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+def write_file(path, content):
+    """Write bytes under a temporary name, flush and rename: the old file or the new, never half."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise TASError(f"cannot write {path}: {error.strerror}; free some space or choose another "
+                       "--out") from None
+
+
+def save_tensors(path, state):
+    """torch.save, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def load_tensors(path):
+    """A dict saved by save_tensors, on the CPU; nothing in the file is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise TASError(f"{path} does not exist") from None
+    except Exception:  # torch.load raises many kinds
+        state = None
+    if not isinstance(state, dict):
+        raise TASError(f"{path} is damaged or no file of this program; delete it, or choose "
+                       "another directory")
+    return state
+
+
+def read_json(path):
+    """The object in a JSON file."""
+    try:
+        if os.path.getsize(path) > 1_000_000:
+            raise ValueError("larger than 1 MB")
+        value = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise TASError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise TASError(f"{path} is no JSON: {str(error)[:80]}") from None
+    if not isinstance(value, dict):
+        raise TASError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _json_bytes(value):
+    return json.dumps(value, indent=1).encode() + b"\n"
+
+
+class Run:
+    """A run directory. `settings` is what determines the result; a directory made with others is
+    refused. run.json: settings, versions, command, and the result when the run is finished;
+    metrics.jsonl: a line an epoch; last.ckpt: the state after the last finished epoch."""
+
+    def __init__(self, path, settings, command, main=True):
+        self.path, self.main = Path(path), main
+        if (self.path / "run.json").exists():
+            self.info = read_json(self.path / "run.json")
+            self._compare("run.json", self.info.get("settings"), settings)
+        else:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise TASError(f"{path} exists and is no run directory; choose another --out")
+            self.info = {
+                "command": command, "settings": settings,
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                "machine": machine()}
+            self.update()
+        self.settings = settings
+
+    def _compare(self, name, old, new):
+        if not isinstance(old, dict):
+            raise TASError(f"{self.path / name} has no settings; choose another --out")
+        odd = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        if odd:
+            differences = "; ".join(f"{k} was {str(old.get(k))[:40]}, is {str(new.get(k))[:40]}"
+                                    for k in odd)
+            raise TASError(f"{self.path / name} is of other settings ({differences}); choose "
+                           "another --out, or the old settings")
+
+    def update(self, **entries):
+        """Add entries to run.json."""
+        self.info |= entries
+        if self.main:
+            write_file(self.path / "run.json", _json_bytes(self.info))
+
+    @property
+    def result(self):
+        """What a finished run found, else None."""
+        return self.info.get("result")
+
+    def resume(self, parts):
+        """Restore `parts` from last.ckpt; the lines of the epochs that are done."""
+        path = self.path / "last.ckpt"
+        if not path.exists():
+            return []
+        state = load_tensors(path)
+        try:
+            self._compare("last.ckpt", state["settings"], self.settings)
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            return list(state["metrics"])
+        except TASError:
+            raise
+        except Exception:  # a file that torch can load, but whose content does not fit
+            raise TASError(f"{path} does not fit this network; delete it to start this step anew, "
+                           "or choose another --out") from None
+
+    def save(self, parts, metrics):
+        """Write metrics.jsonl and last.ckpt."""
+        if self.main:
+            write_file(self.path / "metrics.jsonl",
+                       "".join(json.dumps(line) + "\n" for line in metrics).encode())
+            cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+            save_tensors(self.path / "last.ckpt", {
+                "settings": self.settings, "metrics": metrics, "rng": torch.get_rng_state(),
+                "cuda_rng": cuda_rng, "parts": {k: v.state_dict() for k, v in parts.items()}})
+
+
+def machine():
+    """Name of the processor or GPU, and the number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError, IndexError):
+        names = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        return f"{names[0].split(':')[1].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+class Context(NamedTuple):
+    """Where a command runs: its device, and its place among the processes of torchrun."""
+
+    device: torch.device
+    rank: int
+    world: int
+
+    def average(self, params):
+        """Average the gradients over all processes. One call serves weights and logits alike."""
+        if self.world > 1:
+            flat = nn.utils.parameters_to_vector([p.grad for p in params])
+            torch.distributed.all_reduce(flat)
+            nn.utils.vector_to_parameters(flat / self.world, [p.grad for p in params])
+
+    def average_buffers(self, net):
+        """Average the running statistics, so that every process evaluates the same network."""
+        if self.world > 1:
+            for buffer in net.buffers():
+                if buffer.is_floating_point():
+                    torch.distributed.all_reduce(buffer)
+                    buffer /= self.world
+
+
+class Meter:
+    """Mean loss and accuracy, summed on the device: reading is the only host sync."""
+
+    def __init__(self, context):
+        self.context, self.steps = context, 0
+        self.sums = torch.zeros(3, dtype=torch.float64, device=context.device)
+        self.first_bad = torch.full((), math.inf, device=context.device)
+
+    def add(self, loss, correct, count):
+        """Add a batch of `count` images: its mean loss and its number of right answers."""
+        self.steps += 1
+        self.sums += torch.stack([loss.detach().double() * count, correct.double(),
+                                  torch.full_like(correct, count, dtype=torch.float64)])
+        bad = torch.where(loss.detach().isfinite(), math.inf, float(self.steps))
+        self.first_bad = torch.minimum(self.first_bad, bad)
+
+    def read(self, everywhere=False):
+        """(mean loss, accuracy in %); `everywhere`: over all processes, which all must call it."""
+        sums, bad = self.sums.clone(), self.first_bad.clone()
+        if everywhere and self.context.world > 1:
+            torch.distributed.all_reduce(sums)
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MIN)
+        loss, correct, count = sums.tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(int(bad) if math.isfinite(bad) else self.steps)
+        return loss / max(count, 1), 100 * correct / max(count, 1)
+
+
+class Progress:
+    """One tqdm bar over all epochs on a terminal, else a line an epoch."""
+
+    def __init__(self, title, epochs, steps, done, show):
+        self.bar, self.show, self.title, self.epochs = None, show, title, epochs
+        if show and sys.stderr.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=epochs * steps, initial=done * steps, desc=title, unit="step",
+                            dynamic_ncols=True)
+
+    def step(self, meter, note=""):
+        if self.bar is not None:
+            if meter.steps % 50 == 1:
+                loss, accuracy = meter.read()
+                self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f}%{note}")
+            self.bar.update()
+
+    def epoch(self, line):
+        if self.show and self.bar is None:
+            values = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v:,}"
+                               for k, v in line.items() if k != "epoch")
+            print(f"{self.title} epoch {line['epoch']}/{self.epochs}: {values}", flush=True)
+
+
+def run_epochs(run, args, parts, title, steps, train_epoch):
+    """Call train_epoch(epoch, progress) -> dict for every epoch that is not done, keep a
+    checkpoint after each, and return the lines of metrics.jsonl."""
+    metrics = run.resume(parts)
+    progress = Progress(title, args.epochs, steps, len(metrics), run.main and not args.quiet)
+    for epoch in range(len(metrics), args.epochs):
+        start = time.perf_counter()
+        try:
+            line = {"epoch": epoch + 1, **train_epoch(epoch, progress)}
+        except FloatingPointError as error:
+            raise TASError(f"{title}: the loss is not finite in epoch {epoch + 1}, step {error}, "
+                           f"at learning rate {args.lr:g}; lower --lr (with another --out). "
+                           f"{run.path} keeps the epochs before") from None
+        line["seconds"] = round(time.perf_counter() - start, 2)
+        metrics.append(line)
+        run.save(parts, metrics)
+        progress.epoch(line)
+    if progress.bar is not None:
+        progress.bar.close()
+    return metrics
+
+
+def cosine(step, total, warmup=0):
+    """Factor of the learning rate: linear warm-up, then a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def sgd(params, args):
+    """SGD with Nesterov momentum, as in the paper."""
+    return torch.optim.SGD(params, args.lr, momentum=0.9, nesterov=True,
+                           weight_decay=args.weight_decay, fused=True)
+
+
+def pad_channels(net, multiple=8):
+    """Widen every layer of `net` to multiples of 8 channels with zeros, which processors like.
+
+    Zero weights and a zero BN affine get zero gradients and stay zero under SGD with weight decay,
+    so the function and its training are unchanged; `inherit_weights` takes the channels back out.
+    """
+    def pad(module, name, value, *more):
+        old = getattr(module, name)
+        new = F.pad(old.detach(), more, value=value)
+        setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            c_out, c_in = (-n % multiple for n in m.weight.shape[:2])
+            pad(m, "weight", 0, 0, 0, 0, 0, 0, c_in if m is not net.conv1 else 0, 0, c_out)
+        elif isinstance(m, nn.Linear):
+            pad(m, "weight", 0, 0, -m.in_features % multiple)
+        elif isinstance(m, nn.BatchNorm2d):
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                pad(m, name, 0, 0, -m.num_features % multiple)
+
+
+def _correct(logits, labels):
+    return (logits.argmax(1) == labels).sum()
+
+
+def autocast(precision, device):
+    """bf16 for convolutions and matrix products; statistics, losses and optimisers stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def choose_precision(run, args, net, image_size, device, *extra):
+    """--precision, with auto resolved: bf16 on CUDA, on a CPU by timing training steps of this
+    network in both. The choice is kept in run.json."""
+    if "precision" in run.info:
+        return run.info["precision"]
+    precision, why = args.precision, "as asked"
+    if precision == "auto" and device.type == "cuda":
+        precision, why = "bf16", "default on CUDA"
+    elif precision == "auto":
+        net, times = copy.deepcopy(net), {"fp32": [], "bf16": []}
+        batch = max(4, min(args.batch_size, 64 * 32 ** 2 // image_size ** 2))
+        x = torch.ones(batch, 3, image_size, image_size).to(memory_format=torch.channels_last)
+        for _ in range(5):
+            for name, seconds in times.items():
+                start = time.perf_counter()
+                with autocast(name, device):
+                    logits = net(x, *extra)
+                logits.float().logsumexp(1).sum().backward()
+                seconds.append(time.perf_counter() - start)
+        ratio = statistics.median(times["fp32"][1:]) / statistics.median(times["bf16"][1:])
+        precision = "bf16" if ratio > 1.2 else "fp32"  # a margin, so that noise does not choose
+        why = f"a bf16 step is {ratio:.2f} times as fast as fp32 here"
+    if run.main and not args.quiet:
+        print(f"precision {precision}: {why}", flush=True)
+    run.update(precision=precision, precision_why=why)
+    return precision
+
+
+@torch.no_grad()
+def evaluate(net, split, args, context, precision):
+    """Accuracy in % on a split, each process on its share."""
+    net.eval()
+    meter = Meter(context)
+    order = torch.arange(len(split.labels))
+    for x, y in split.batches(order, args.batch_size, False, context.rank, context.world):
+        with autocast(precision, context.device):
+            logits = net(x).float()
+        meter.add(F.cross_entropy(logits, y) if len(y) else logits.sum(), _correct(logits, y),
+                  len(y))
+    return meter.read(everywhere=True)[1]
+
+
+def train_network(run, args, context, data, net, teacher=None):
+    """Train any network: unpruned or pruned, with a teacher or without. Returns the metrics."""
+    device, n = context.device, len(data.train.labels)
+    steps = n // args.batch_size
+    pad_channels(net)
+    net.to(device, memory_format=torch.channels_last)
+    precision = choose_precision(run, args, net, net.shape.image_size, device)
+    optimizer = sgd(net.parameters(), args)
+    if teacher is not None:
+        teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def loss_fn(x, y):
+        with autocast(precision, device):
+            logits = net(x).float()
+            guide = teacher(x).float() if teacher is not None else None
+        loss = F.cross_entropy(logits, y) if guide is None else kd_loss(logits, guide, y)
+        return loss, _correct(logits, y)
+
+    loss_fn = maybe_compile(loss_fn, args, device)
+
+    def train_epoch(epoch, progress):
+        net.train()
+        meter = Meter(context)
+        order = torch.randperm(n)
+        batches = data.train.batches(order, args.batch_size, True, context.rank, context.world)
+        for step, (x, y) in enumerate(batches, epoch * steps):
+            warmup = min(5, args.epochs / 10) * steps
+            optimizer.param_groups[0]["lr"] = args.lr * cosine(step, args.epochs * steps, warmup)
+            loss, correct = loss_fn(x, y)
+            optimizer.zero_grad()
+            loss.backward()
+            context.average(list(net.parameters()))
+            optimizer.step()
+            meter.add(loss, correct, len(y))
+            progress.step(meter)
+        loss, accuracy = meter.read(everywhere=True)
+        context.average_buffers(net)
+        return {"train_loss": loss, "train_accuracy": accuracy,
+                "test_accuracy": evaluate(net, data.test, args, context, precision)}
+
+    return run_epochs(run, args, {"net": net, "optimizer": optimizer}, run.path.name, steps,
+                      train_epoch)
+
+
+def maybe_compile(function, args, device):
+    """torch.compile as one graph with fixed shapes where --compile says so."""
+    if args.compile == "off" or args.compile == "auto" and device.type != "cuda":
+        return function
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    if args.compile == "on":
+        return compiled
+
+    def guarded(*inputs):
+        nonlocal compiled
+        try:
+            return compiled(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            print(f"warning: not compiled ({str(error).splitlines()[0]})", file=sys.stderr)
+            compiled = function
+            return function(*inputs)
+    return guarded
+
+
+class SearchStep:
+    """One search step: SGD on the weights with a batch of the one half, Adam on alpha and beta with
+    a batch of the other, each with its own sample and only the gradients that it steps."""
+
+    def __init__(self, net, args, context, target, precision):
+        self.net, self.context = net, context
+        self.weights, self.logits = net.weights(), [net.alpha, net.beta]
+        self.optimizer = sgd(self.weights, args)
+        self.arch_optimizer = torch.optim.Adam(self.logits, args.arch_lr, betas=(0.5, 0.999),
+                                               weight_decay=1e-3, fused=True)
+        self.tau = torch.ones((), device=context.device)
+
+        def forward(x, y):
+            sample = sample_sizes(net.alpha, net.beta, self.tau, args.num_samples,
+                                  args.sampler == "gumbel")
+            with autocast(precision, context.device):
+                logits = net(x, sample).float()
+            return F.cross_entropy(logits, y), _correct(logits, y)
+
+        def arch_loss(x, y):
+            loss, correct = forward(x, y)
+            p, q = net.probabilities()
+            cost = cost_loss(expected_macs(net.space, p, q), argmax_macs(net.space, p, q), target,
+                             args.tolerance)
+            return loss + 2 * cost.float(), loss, correct
+
+        self.weight_loss = maybe_compile(forward, args, context.device)
+        self.arch_loss = maybe_compile(arch_loss, args, context.device)
+
+    def __call__(self, batch, arch_batch, meter, arch_meter):
+        self._only(self.weights)
+        loss, correct = self.weight_loss(*batch)
+        self._step(loss, self.weights, self.optimizer)
+        meter.add(loss, correct, len(batch[1]))
+        self._only(self.logits)
+        total, loss, correct = self.arch_loss(*arch_batch)
+        self._step(total, self.logits, self.arch_optimizer)
+        arch_meter.add(loss, correct, len(arch_batch[1]))
+
+    def _only(self, params):
+        for p in self.weights + self.logits:
+            p.requires_grad_(False)
+        for p in params:
+            p.requires_grad_(True)
+
+    def _step(self, loss, params, optimizer):
+        optimizer.zero_grad()
+        loss.backward(inputs=params)
+        self.context.average(params)
+        optimizer.step()
+
+
+def discrepancy(probabilities, rows):
+    """Mean of the top minus the second probability, over rows with a choice."""
+    top = [probabilities[i, :len(row)].topk(2).values for i, row in enumerate(rows) if len(row) > 1]
+    return (sum(float(a - b) for a, b in top) / len(top)) if top else 0.0
+
+
+def search_sizes(run, args, context, data, space, target):
+    """Search the sizes of `space` (paper: the search). Returns the Shape and the metrics."""
+    halves = split_halves(data.train.labels, args.seed)
+    steps = min(map(len, halves)) // args.batch_size
+    if args.arch_lr is None:
+        args.arch_lr = default_arch_lr(steps * args.epochs)
+    net = SuperResNet(space, args.align).to(context.device, memory_format=torch.channels_last)
+    space.to(context.device)
+    with torch.random.fork_rng():
+        sample = sample_sizes(net.alpha, net.beta, 1.0, args.num_samples)
+    precision = choose_precision(run, args, net, space.full.image_size, context.device,
+                                 Sample(*(t.detach() for t in sample)))
+    search_step = SearchStep(net, args, context, target, precision)
+
+    def train_epoch(epoch, progress):
+        net.train()
+        meter, arch_meter = Meter(context), Meter(context)
+        tau = 10 + (0.1 - 10) * epoch / max(1, args.epochs - 1)
+        search_step.tau.fill_(tau)
+        batches = zip(*[data.train.batches(half[torch.randperm(len(half))], args.batch_size, True,
+                                           context.rank, context.world) for half in halves])
+        for step, (batch, arch_batch) in zip(range(steps), batches):
+            at = epoch * steps + step
+            search_step.optimizer.param_groups[0]["lr"] = args.lr * cosine(at, args.epochs * steps)
+            search_step(batch, arch_batch, meter, arch_meter)
+            progress.step(arch_meter)
+        (loss, accuracy), (arch_loss, arch_accuracy) = meter.read(True), arch_meter.read(True)
+        with torch.no_grad():
+            p, q = net.probabilities()
+            e, f = float(expected_macs(space, p, q)), int(argmax_macs(space, p, q))
+        context.average_buffers(net)
+        return {"train_loss": loss, "train_accuracy": accuracy, "val_loss": arch_loss,
+                "val_accuracy": arch_accuracy, "tau": tau, "expected_macs": e, "argmax_macs": f,
+                "width_discrepancy": discrepancy(p, space.widths),
+                "depth_discrepancy": discrepancy(q, space.depths)}
+
+    parts = {"net": net, "optimizer": search_step.optimizer,
+             "arch_optimizer": search_step.arch_optimizer}
+    metrics = run_epochs(run, args, parts, run.path.name, steps, train_epoch)
+    return extract(space, net.alpha, net.beta, target, args.tolerance), metrics
+
+
+def default_arch_lr(steps):
+    """The paper's 1e-3 for its 59,000 steps; in proportion larger for fewer, up to 0.05."""
+    return min(0.05, max(1e-3, 59 / max(1, steps)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Commands
+# ------------------------------------------------------------------------------------------------
+
+def setup(args):
+    """Device, processes of torchrun, seed -> Context."""
+    try:
+        device = torch.device(args.device if args.device != "auto" else
+                              "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TASError(f"--device {args.device}: {str(error).splitlines()[0][:100]}") from None
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not torch.distributed.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(minutes=10))
+    if args.batch_size % world:
+        raise TASError(f"--batch-size {args.batch_size} must be a multiple of the {world} processes")
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(args.seed)
+    return Context(device, rank, world)
+
+
+def open_data(args, arch, context):
+    """The data set of a command, its defaults by image size filled into args."""
+    if args.image_size is None:
+        small = ARCHS[arch].small if args.data == "folder" else args.data != "imagenet"
+        args.image_size = 32 if small else 224
+    data = load_data(args.data, args.data_dir, args.image_size, context.device, args.workers)
+    large = args.image_size > 64
+    if args.epochs is None:
+        args.epochs = 120 if large else 600 if args.command == "search" else 300
+    if args.weight_decay is None:
+        args.weight_decay = 1e-4 if large else 5e-4
+    need = args.batch_size * (2 if args.command == "search" else 1)
+    if len(data.train.labels) < need:
+        raise TASError(f"--batch-size {args.batch_size} is too large: there are "
+                       f"{len(data.train.labels)} training images"
+                       f"{', half of them for each batch' if args.command == 'search' else ''}")
+    return data
+
+
+def run_settings(args, data, **more):
+    """What determines the result of a run, and nothing else."""
+    names = ["data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
+             "precision"]
+    size = f"{len(data.train.labels)} + {len(data.test.labels)} images, {len(data.classes)} classes"
+    return {"command": args.command, **{k: getattr(args, k) for k in names}, "images": size, **more}
+
+
+def parse_target(text, full):
+    """--flops: a fraction of the unpruned network's MACs such as 0.47, or MACs such as 59.5M."""
+    scale = {"K": 1e3, "M": 1e6, "G": 1e9}.get(str(text)[-1:].upper(), 1)
+    try:
+        value = float(str(text)[:-1] if scale > 1 else text) * scale
+    except ValueError:
+        value = math.nan
+    target = value * full if scale == 1 and value <= 1 else value
+    if not 0 < target <= full or target < 1000:
+        raise TASError(f"--flops {text}: give a fraction of the unpruned network above 0 and up to "
+                       f"1, or MACs up to its {full:,} such as {full * 0.5e-6:.1f}M")
+    return round(target)
+
+
+def load(path):
+    """The network of a run directory of `train`, with its weights, in eval mode; or a new network
+    of a shape file."""
+    path = Path(path)
+    if not path.is_dir():
+        return ResNet(Shape.load(path)).eval()
+    if not (path / "weights.pt").exists():
+        raise TASError(f"{path} has no weights.pt: give the directory of a finished `train`")
+    net = ResNet(Shape.load(path / "shape.json"))
+    try:
+        net.load_state_dict(load_tensors(path / "weights.pt"))
+    except RuntimeError:
+        raise TASError(f"{path / 'weights.pt'} does not fit {path / 'shape.json'}") from None
+    return net.eval()
+
+
+def load_teacher(path, shape):
+    """The trained unpruned network that guides `shape`, and the checksum that names it."""
+    if path == "torchvision":
+        from torchvision.models import get_model
+        try:
+            weights = get_model(shape.arch, weights="DEFAULT").state_dict()
+        except Exception as error:  # no such model, no network ...
+            raise TASError(f"torchvision has no weights for {shape.arch}, or they could not be "
+                           f"downloaded ({str(error)[:80]}); train a teacher instead") from None
+        net = ResNet(Space(shape.arch, len(weights["fc.bias"]), shape.image_size).full)
+        net.load_state_dict(weights)
+    else:
+        net = load(path)
+    for name in ("arch", "num_classes"):
+        old, new = getattr(net.shape, name), getattr(shape, name)
+        if old != new:
+            raise TASError(f"--teacher {path} has {name} {old}, the network to train {new}; "
+                           "train a teacher that agrees")
+    flat = nn.utils.parameters_to_vector(net.parameters()).detach()
+    return net, zlib.crc32(flat.numpy().tobytes())
+
+
+def command_train(args):
+    """Train the unpruned network of --arch, or the pruned one of --shape."""
+    shape = Shape.load(args.shape) if args.shape else None
+    if shape is not None and args.arch not in (None, shape.arch):
+        raise TASError(f"{args.shape} is a shape of {shape.arch}, not of {args.arch}")
+    arch = shape.arch if shape is not None else args.arch
+    context = setup(args)
+    if shape is not None and args.image_size is None:
+        args.image_size = shape.image_size
+    data = open_data(args, arch, context)
+    full = Space(arch, len(data.classes), args.image_size).full
+    shape = shape or full
+    for name in ("num_classes", "image_size"):
+        if getattr(shape, name) != getattr(full, name):
+            raise TASError(f"{args.shape} has {name} {getattr(shape, name)}, the data "
+                           f"{getattr(full, name)}; change it in the file if that is meant")
+    if args.transfer is None:
+        args.transfer = "kd" if args.teacher else "none"
+    if args.transfer != "none" and not args.teacher:
+        raise TASError(f"--transfer {args.transfer} needs --teacher DIR, a trained {arch}")
+    teacher, checksum = load_teacher(args.teacher, shape) if args.teacher else (None, None)
+    out = args.out or f"runs/{args.data}-{arch}/{'teacher' if shape == full else 'pruned'}"
+    run = Run(out, run_settings(args, data, shape=dataclasses.asdict(shape),
+                                transfer=args.transfer, teacher=checksum), args.line, context.rank == 0)
+    if run.result is None:
+        torch.manual_seed(args.seed)
+        net = ResNet(shape)
+        if args.transfer == "init":
+            inherit_weights(net, teacher)
+        metrics = train_network(run, args, context, data, net,
+                                teacher if args.transfer == "kd" else None)
+        if run.main:
+            shape.save(run.path / "shape.json")
+            net = inherit_weights(ResNet(shape), net)  # without the padded channels
+            save_tensors(run.path / "weights.pt", net.state_dict())
+        source = read_json(Path(args.shape).parent / "run.json") if args.shape and (
+            Path(args.shape).parent / "run.json").exists() else {}
+        run.update(result={
+            "accuracy": metrics[-1]["test_accuracy"], "macs": count_macs(shape),
+            "full_macs": count_macs(full), "params": count_params(shape),
+            "seconds": round(sum(line["seconds"] for line in metrics), 1),
+            "teacher": str(args.teacher) if args.teacher else None,
+            "search": source.get("settings")})
+    result = run.result
+    if run.main:
+        print(f"{out}: {arch}, accuracy {result['accuracy']:.2f}% on {args.data}, "
+              f"{_size_text(shape, full)}")
+        place = f"--data {args.data}" + (f" --data-dir {args.data_dir}" if args.data_dir != "data"
+                                         else "")
+        if shape == full:
+            print(f"next: python tas.py search {place} --arch {arch} --flops 0.5")
+        else:
+            print(f"next: python tas.py export {out}")
+
+
+def _size_text(shape, full):
+    macs, ratio = count_macs(shape), count_macs(shape) / count_macs(full)
+    return (f"{macs / 1e6:.2f}M MACs ({ratio:.1%} of the unpruned), "
+            f"{count_params(shape) / 1e6:.3f}M parameters")
+
+
+def command_search(args):
+    """Search the sizes of --arch for --flops; leaves shape.json."""
+    _check_arch(args.arch)
+    context = setup(args)
+    data = open_data(args, args.arch, context)
+    space = Space(args.arch, len(data.classes), args.image_size, args.search, args.round)
+    full = space.full
+    target = parse_target(args.flops, count_macs(full))
+    steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
+    if args.arch_lr is None:
+        args.arch_lr = default_arch_lr(steps)
+    names = ["search", "method", "num_samples", "sampler", "align", "round", "tolerance", "arch_lr"]
+    out = args.out or f"runs/{args.data}-{args.arch}/search"
+    run = Run(out, run_settings(args, data, arch=args.arch, target=target,
+                                **{k: getattr(args, k) for k in names}), args.line, context.rank == 0)
+    if run.result is None:
+        metrics = []
+        torch.manual_seed(args.seed)
+        if args.method == "tas":
+            shape, metrics = search_sizes(run, args, context, data, space, target)
+        elif args.method == "random":
+            shape = draw_shape(space, target, args.tolerance)
+        else:
+            shape = scale_shape(space, target, args.tolerance, args.round)
+        if run.main:
+            shape.save(run.path / "shape.json")
+        run.update(result={
+            "macs": count_macs(shape), "full_macs": count_macs(full), "params": count_params(shape),
+            "seconds": round(sum(line["seconds"] for line in metrics), 1),
+            **{k: metrics[-1][k] for k in ("val_accuracy", "width_discrepancy",
+                                           "depth_discrepancy") if metrics}})
+    shape = Shape.load(run.path / "shape.json")
+    if run.main:
+        print(f"{out}/shape.json: {_size_text(shape, full)}, target {target / 1e6:.2f}M")
+        print(f"next: python tas.py train --data {args.data} --data-dir {args.data_dir} --shape "
+              f"{out}/shape.json --teacher runs/{args.data}-{args.arch}/teacher")
+
+
+def command_prune(args):
+    """Train the teacher, search the sizes, train the pruned network; finished parts are kept."""
+    base = Path(args.out or f"runs/{args.data}-{args.arch}")
+
+    def part(command, function, out, **changes):
+        function(argparse.Namespace(**{**vars(args), "command": command, "out": str(base / out),
+                                       "shape": None, **changes}))
+
+    if not args.teacher:
+        part("train", command_train, "teacher", transfer="none", teacher=None)
+    part("search", command_search, "search")
+    part("train", command_train, "pruned", shape=str(base / "search" / "shape.json"),
+         teacher=args.teacher or str(base / "teacher"))
+
+
+def command_eval(args):
+    """Accuracy of a trained network on the test images of --data."""
+    net = load(args.dir)
+    context = setup(args)
+    args.image_size = args.image_size or net.shape.image_size
+    data = open_data(args, net.shape.arch, context)
+    if len(data.classes) != net.shape.num_classes:
+        raise TASError(f"{args.dir} has {net.shape.num_classes} classes, the data "
+                       f"{len(data.classes)}; give the --data that it was trained on")
+    net.to(context.device, memory_format=torch.channels_last)
+    accuracy = evaluate(net, data.test, args, context, "fp32")
+    full = Space(net.shape.arch, net.shape.num_classes, net.shape.image_size).full
+    print(f"{args.dir}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images, "
+          f"{_size_text(net.shape, full)}")
+
+
+def build_parser():
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="tas.py")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def common(p):
+        p.add_argument("--data", required=True)
+        p.add_argument("--data-dir", default="data")
+        p.add_argument("--image-size", type=int)
+        p.add_argument("--epochs", type=int)
+        p.add_argument("--batch-size", type=int, default=256)
+        p.add_argument("--lr", type=float, default=0.1)
+        p.add_argument("--weight-decay", type=float)
+        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--out")
+        p.add_argument("--device", default="auto")
+        p.add_argument("--workers", type=int, default=min(8, os.cpu_count()))
+        p.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+        p.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
+        p.add_argument("--quiet", action="store_true")
+
+    def sizes(p):
+        p.add_argument("--flops", default="0.5")
+        p.add_argument("--tolerance", type=float, default=0.05)
+        p.add_argument("--search", default="both", choices=["both", "width", "depth"])
+        p.add_argument("--method", default="tas", choices=["tas", "random", "uniform"])
+        p.add_argument("--num-samples", type=int, default=2)
+        p.add_argument("--sampler", default="gumbel", choices=["gumbel", "softmax"])
+        p.add_argument("--align", default="cwi", choices=["cwi", "pad"])
+        p.add_argument("--round", type=int, default=1)
+        p.add_argument("--arch-lr", type=float)
+
+    def transfer(p):
+        p.add_argument("--teacher")
+        p.add_argument("--transfer", choices=["none", "init", "kd"])
+    p = commands.add_parser("train"); common(p); transfer(p)
+    p.add_argument("--arch"); p.add_argument("--shape")
+    p = commands.add_parser("search"); common(p); sizes(p); p.add_argument("--arch")
+    p = commands.add_parser("prune"); common(p); sizes(p); transfer(p); p.add_argument("--arch")
+    p = commands.add_parser("eval"); p.add_argument("dir"); common(p)
+    return parser
+
+
+def main(argv=None):
+    """Run a command; returns the exit status."""
+    def stop(*_):
+        raise KeyboardInterrupt
+    args = build_parser().parse_args(argv)
+    args.line = " ".join(["python tas.py", *(sys.argv[1:] if argv is None else argv)])
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        globals()[f"command_{args.command}"](args)
+    except TASError as error:
+        print(f"error: {str(error).rsplit('TASError: ', 1)[-1]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes after the last finished epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
