@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import functools
 import io
 import itertools
 import json
@@ -18,7 +19,6 @@ import signal
 import statistics
 import sys
 import time
-import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -868,18 +868,15 @@ class LargeImages:
         self.folder, self.size, self.device, self.workers = folder, size, device, workers
         self.labels, self.loaders = torch.tensor(folder.targets), {}
 
-    def _loader(self, train, key):
-        if (train, key) not in self.loaders:
-            self.loaders[train, key] = torch.utils.data.DataLoader(
-                _Decoded(self.folder, self.size, train), batch_sampler=[], num_workers=self.workers,
-                pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0)
-        return self.loaders[train, key]
-
     def batches(self, order, batch_size, train, rank=0, world=1):
         seeds = torch.randint(2 ** 62, (len(order),)).tolist()
         items = list(zip(order.tolist(), seeds))
         stop = len(items) - (batch_size - 1 if train else 0)
-        loader = self._loader(train, len(order))
+        if train not in self.loaders:  # a new dict, so that a copy of this split has its own
+            self.loaders = self.loaders | {train: torch.utils.data.DataLoader(
+                _Decoded(self.folder, self.size, train), batch_sampler=[], num_workers=self.workers,
+                pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0)}
+        loader = self.loaders[train]
         loader.batch_sampler[:] = [items[i:i + batch_size][rank::world]
                                    for i in range(0, stop, batch_size)]
         for images, labels in loader:
@@ -958,6 +955,7 @@ def _folders(root):
     return folders
 
 
+@functools.lru_cache(maxsize=1)
 def load_data(name, root, image_size, device, workers):
     """The Data of --data. Images up to 64 pixels are held in memory, larger ones are read on the
     fly; raises TASError for what is missing, empty, unreadable or inconsistent."""
@@ -1019,7 +1017,27 @@ def write_file(path, content):
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise TASError(f"cannot write {path}: {error.strerror}; free some space or choose another "
-                       "--out") from None
+                       "place with --out") from None
+
+
+def write_json(path, value):
+    """Write one JSON object."""
+    write_file(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def read_json(path):
+    """The object in a JSON file; TASError when it is none or larger than 1 MB."""
+    try:
+        if os.path.getsize(path) > 1_000_000:
+            raise ValueError("larger than 1 MB")
+        value = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise TASError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise TASError(f"{path} is no JSON: {str(error)[:80]}") from None
+    if not isinstance(value, dict):
+        raise TASError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
 
 
 def save_tensors(path, state):
@@ -1038,87 +1056,75 @@ def load_tensors(path):
     except Exception:  # torch.load raises many kinds
         state = None
     if not isinstance(state, dict):
-        raise TASError(f"{path} is damaged or no file of this program; delete it, or choose "
-                       "another directory")
+        raise TASError(f"{path} is damaged or not from this program; delete it, or choose another "
+                       "directory")
     return state
 
 
-def read_json(path):
-    """The object in a JSON file."""
-    try:
-        if os.path.getsize(path) > 1_000_000:
-            raise ValueError("larger than 1 MB")
-        value = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise TASError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise TASError(f"{path} is no JSON: {str(error)[:80]}") from None
-    if not isinstance(value, dict):
-        raise TASError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def _json_bytes(value):
-    return json.dumps(value, indent=1).encode() + b"\n"
-
-
 class Run:
-    """A run directory. `settings` is what determines the result; a directory made with others is
-    refused. run.json: settings, versions, command, and the result when the run is finished;
-    metrics.jsonl: a line an epoch; last.ckpt: the state after the last finished epoch."""
+    """A run directory: run.json (settings, versions, command and, when finished, the result),
+    metrics.jsonl (a line an epoch) and last.ckpt (the state after the last finished epoch).
 
-    def __init__(self, path, settings, command, main=True):
-        self.path, self.main = Path(path), main
+    settings: what determines the result; a directory that was made with others is refused.
+    """
+
+    def __init__(self, path, settings, args, context):
+        self.path, self.main, self.settings = Path(path), context.rank == 0, settings
+        if not self.main:
+            torch.distributed.barrier()  # the first process makes the directory
         if (self.path / "run.json").exists():
             self.info = read_json(self.path / "run.json")
-            self._compare("run.json", self.info.get("settings"), settings)
+            self._compare("run.json", self.info.get("settings"))
         else:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self.path.exists() and (not self.path.is_dir() or any(
+                    entry.suffix != ".tmp" for entry in self.path.iterdir())):
                 raise TASError(f"{path} exists and is no run directory; choose another --out")
-            self.info = {
-                "command": command, "settings": settings,
-                "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                "machine": machine()}
+            self.info = {"command": args.line, "settings": settings, "machine": machine(),
+                         "versions": {"python": platform.python_version(),
+                                      "torch": torch.__version__}}
             self.update()
-        self.settings = settings
+        if self.main and context.world > 1:
+            torch.distributed.barrier()
 
-    def _compare(self, name, old, new):
+    def _compare(self, name, old):
         if not isinstance(old, dict):
             raise TASError(f"{self.path / name} has no settings; choose another --out")
-        odd = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        odd = [k for k in sorted(old.keys() | self.settings.keys())
+               if old.get(k) != self.settings.get(k)]
         if odd:
-            differences = "; ".join(f"{k} was {str(old.get(k))[:40]}, is {str(new.get(k))[:40]}"
-                                    for k in odd)
-            raise TASError(f"{self.path / name} is of other settings ({differences}); choose "
-                           "another --out, or the old settings")
+            differences = "; ".join(f"{k} was {str(old.get(k))[:60]}, now "
+                                    f"{str(self.settings.get(k))[:60]}" for k in odd)
+            raise TASError(f"{self.path / name} has other settings ({differences}); choose another "
+                           "--out, or the old settings")
 
     def update(self, **entries):
         """Add entries to run.json."""
         self.info |= entries
         if self.main:
-            write_file(self.path / "run.json", _json_bytes(self.info))
+            write_json(self.path / "run.json", self.info)
 
     @property
     def result(self):
         """What a finished run found, else None."""
-        return self.info.get("result")
+        result = self.info.get("result")
+        if result is not None and not isinstance(result, dict):
+            raise TASError(f"{self.path / 'run.json'} is damaged; choose another --out")
+        return result
 
     def resume(self, parts):
-        """Restore `parts` from last.ckpt; the lines of the epochs that are done."""
+        """Restore `parts` and the random state; returns the metrics of the finished epochs."""
         path = self.path / "last.ckpt"
         if not path.exists():
             return []
         state = load_tensors(path)
+        self._compare("last.ckpt", state.get("settings"))
         try:
-            self._compare("last.ckpt", state["settings"], self.settings)
             for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
             torch.set_rng_state(state["rng"])
             if state["cuda_rng"] and torch.cuda.is_available():
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
-            return list(state["metrics"])
-        except TASError:
-            raise
+            return [dict(line) for line in state["metrics"]]
         except Exception:  # a file that torch can load, but whose content does not fit
             raise TASError(f"{path} does not fit this network; delete it to start this step anew, "
                            "or choose another --out") from None
@@ -1135,40 +1141,37 @@ class Run:
 
 
 def machine():
-    """Name of the processor or GPU, and the number of threads."""
+    """Name of the GPU, or of the processor and its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError, IndexError):
-        names = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        return f"{names[0].split(':')[1].strip()}, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).split(": ")[1]
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 class Context(NamedTuple):
     """Where a command runs: its device, and its place among the processes of torchrun."""
 
     device: torch.device
-    rank: int
-    world: int
+    rank: int = 0
+    world: int = 1
 
-    def average(self, params):
-        """Average the gradients over all processes. One call serves weights and logits alike."""
+    def average(self, tensors):
+        """Average tensors over all processes, in place: gradients or running statistics."""
         if self.world > 1:
-            flat = nn.utils.parameters_to_vector([p.grad for p in params])
+            flat = nn.utils.parameters_to_vector(tensors)
             torch.distributed.all_reduce(flat)
-            nn.utils.vector_to_parameters(flat / self.world, [p.grad for p in params])
+            nn.utils.vector_to_parameters(flat / self.world, tensors)
 
-    def average_buffers(self, net):
-        """Average the running statistics, so that every process evaluates the same network."""
-        if self.world > 1:
-            for buffer in net.buffers():
-                if buffer.is_floating_point():
-                    torch.distributed.all_reduce(buffer)
-                    buffer /= self.world
+    def average_statistics(self, net):
+        """Make every process evaluate the same network."""
+        self.average([b for b in net.buffers() if b.is_floating_point()])
 
 
 class Meter:
-    """Mean loss and accuracy, summed on the device: reading is the only host sync."""
+    """Mean loss and accuracy, summed on the device: only reading them waits for it."""
 
     def __init__(self, context):
         self.context, self.steps = context, 0
@@ -1178,66 +1181,57 @@ class Meter:
     def add(self, loss, correct, count):
         """Add a batch of `count` images: its mean loss and its number of right answers."""
         self.steps += 1
-        self.sums += torch.stack([loss.detach().double() * count, correct.double(),
+        loss = loss.detach()
+        self.sums += torch.stack([loss.double() * count, correct.double(),
                                   torch.full_like(correct, count, dtype=torch.float64)])
-        bad = torch.where(loss.detach().isfinite(), math.inf, float(self.steps))
+        bad = torch.where(loss.isfinite(), math.inf, float(self.steps))
         self.first_bad = torch.minimum(self.first_bad, bad)
 
     def read(self, everywhere=False):
-        """(mean loss, accuracy in %); `everywhere`: over all processes, which all must call it."""
+        """(mean loss, accuracy in %); `everywhere`: over all processes, which all must call it.
+        Raises FloatingPointError with the first step whose loss was not finite."""
         sums, bad = self.sums.clone(), self.first_bad.clone()
         if everywhere and self.context.world > 1:
             torch.distributed.all_reduce(sums)
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MIN)
+        if math.isfinite(bad):
+            raise FloatingPointError(int(bad))
         loss, correct, count = sums.tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(int(bad) if math.isfinite(bad) else self.steps)
         return loss / max(count, 1), 100 * correct / max(count, 1)
 
 
-class Progress:
-    """One tqdm bar over all epochs on a terminal, else a line an epoch."""
+def run_epochs(run, args, parts, steps, train_epoch, note=lambda line: ""):
+    """Call train_epoch(epoch, tick) -> dict for every epoch that is not done, with a checkpoint
+    after each; returns the lines of metrics.jsonl. One bar on a terminal, else a line an epoch."""
+    metrics, bar, show = run.resume(parts), None, run.main and not args.quiet
+    if show and sys.stderr.isatty():
+        from tqdm import tqdm
+        bar = tqdm(total=args.epochs * steps, initial=len(metrics) * steps, desc=run.path.name,
+                   unit="step", dynamic_ncols=True)
 
-    def __init__(self, title, epochs, steps, done, show):
-        self.bar, self.show, self.title, self.epochs = None, show, title, epochs
-        if show and sys.stderr.isatty():
-            from tqdm import tqdm
-            self.bar = tqdm(total=epochs * steps, initial=done * steps, desc=title, unit="step",
-                            dynamic_ncols=True)
-
-    def step(self, meter, note=""):
-        if self.bar is not None:
-            if meter.steps % 50 == 1:
+    def tick(meter):
+        if bar is not None:
+            if meter.steps % 50 == 1:  # reading waits for the device
                 loss, accuracy = meter.read()
-                self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f}%{note}")
-            self.bar.update()
+                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f}%"
+                                    + (note(metrics[-1]) if metrics else ""))
+            bar.update()
 
-    def epoch(self, line):
-        if self.show and self.bar is None:
-            values = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v:,}"
-                               for k, v in line.items() if k != "epoch")
-            print(f"{self.title} epoch {line['epoch']}/{self.epochs}: {values}", flush=True)
-
-
-def run_epochs(run, args, parts, title, steps, train_epoch):
-    """Call train_epoch(epoch, progress) -> dict for every epoch that is not done, keep a
-    checkpoint after each, and return the lines of metrics.jsonl."""
-    metrics = run.resume(parts)
-    progress = Progress(title, args.epochs, steps, len(metrics), run.main and not args.quiet)
     for epoch in range(len(metrics), args.epochs):
         start = time.perf_counter()
         try:
-            line = {"epoch": epoch + 1, **train_epoch(epoch, progress)}
+            line = {"epoch": epoch + 1, **train_epoch(epoch, tick)}
         except FloatingPointError as error:
-            raise TASError(f"{title}: the loss is not finite in epoch {epoch + 1}, step {error}, "
-                           f"at learning rate {args.lr:g}; lower --lr (with another --out). "
-                           f"{run.path} keeps the epochs before") from None
-        line["seconds"] = round(time.perf_counter() - start, 2)
-        metrics.append(line)
+            raise TASError(f"{run.path}: the loss is not finite in epoch {epoch + 1}, step {error}, "
+                           f"with --lr {args.lr:g}; lower --lr (and choose another --out); the "
+                           "checkpoint of the epoch before is kept") from None
+        metrics.append(line | {"seconds": round(time.perf_counter() - start, 2)})
         run.save(parts, metrics)
-        progress.epoch(line)
-    if progress.bar is not None:
-        progress.bar.close()
+        if show and bar is None:
+            print(f"{run.path.name} {epoch + 1}/{args.epochs}: " + ", ".join(
+                f"{k} {v:.4g}" for k, v in metrics[-1].items() if k != "epoch"), flush=True)
+    if bar is not None:
+        bar.close()
     return metrics
 
 
@@ -1248,52 +1242,18 @@ def cosine(step, total, warmup=0):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def sgd(params, args):
-    """SGD with Nesterov momentum, as in the paper."""
-    return torch.optim.SGD(params, args.lr, momentum=0.9, nesterov=True,
-                           weight_decay=args.weight_decay, fused=True)
-
-
-def pad_channels(net, multiple=8):
-    """Widen every layer of `net` to multiples of 8 channels with zeros, which processors like.
-
-    Zero weights and a zero BN affine get zero gradients and stay zero under SGD with weight decay,
-    so the function and its training are unchanged; `inherit_weights` takes the channels back out.
-    """
-    def pad(module, name, value, *more):
-        old = getattr(module, name)
-        new = F.pad(old.detach(), more, value=value)
-        setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
-
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d):
-            c_out, c_in = (-n % multiple for n in m.weight.shape[:2])
-            pad(m, "weight", 0, 0, 0, 0, 0, 0, c_in if m is not net.conv1 else 0, 0, c_out)
-        elif isinstance(m, nn.Linear):
-            pad(m, "weight", 0, 0, -m.in_features % multiple)
-        elif isinstance(m, nn.BatchNorm2d):
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                pad(m, name, 0, 0, -m.num_features % multiple)
-
-
-def _correct(logits, labels):
-    return (logits.argmax(1) == labels).sum()
-
-
 def autocast(precision, device):
     """bf16 for convolutions and matrix products; statistics, losses and optimisers stay fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def choose_precision(run, args, net, image_size, device, *extra):
-    """--precision, with auto resolved: bf16 on CUDA, on a CPU by timing training steps of this
-    network in both. The choice is kept in run.json."""
-    if "precision" in run.info:
-        return run.info["precision"]
-    precision, why = args.precision, "as asked"
-    if precision == "auto" and device.type == "cuda":
-        precision, why = "bf16", "default on CUDA"
-    elif precision == "auto":
+def choose_precision(run, args, net, image_size, context, *extra):
+    """--precision, with auto resolved: bf16 on CUDA; on a CPU the faster one in training steps of
+    this network. Kept in run.json, so that a resumed run goes on with it."""
+    device, precision, why = context.device, args.precision, "as asked"
+    if precision == "auto" and device.type != "cpu":
+        precision, why = "bf16", f"the default on {device.type}"
+    elif precision == "auto" and "precision" not in run.info:
         net, times = copy.deepcopy(net), {"fp32": [], "bf16": []}
         batch = max(4, min(args.batch_size, 64 * 32 ** 2 // image_size ** 2))
         x = torch.ones(batch, 3, image_size, image_size).to(memory_format=torch.channels_last)
@@ -1306,24 +1266,156 @@ def choose_precision(run, args, net, image_size, device, *extra):
                 seconds.append(time.perf_counter() - start)
         ratio = statistics.median(times["fp32"][1:]) / statistics.median(times["bf16"][1:])
         precision = "bf16" if ratio > 1.2 else "fp32"  # a margin, so that noise does not choose
-        why = f"a bf16 step is {ratio:.2f} times as fast as fp32 here"
-    if run.main and not args.quiet:
-        print(f"precision {precision}: {why}", flush=True)
-    run.update(precision=precision, precision_why=why)
-    return precision
+        why = f"a step in bf16 is {ratio:.2f} times as fast as in fp32"
+    if context.world > 1:
+        choice = [precision]
+        torch.distributed.broadcast_object_list(choice)
+        precision = choice[0]
+    if "precision" not in run.info:
+        if run.main and not args.quiet:
+            print(f"precision {precision}: {why}", flush=True)
+        run.update(precision=precision, precision_reason=why)
+    return run.info["precision"]
+
+
+def pad_channels(net, multiple=8):
+    """Widen every layer of `net` to multiples of 8 channels with zeros, which processors like.
+
+    Zero weights and a zero BN affine get zero gradients and stay zero under SGD with weight decay,
+    so the function and its training are unchanged; `inherit_weights` takes the channels back out.
+    """
+    def pad(module, name, *amounts):
+        old = getattr(module, name)
+        new = F.pad(old.detach(), amounts)
+        setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            c_out, c_in = (-n % multiple for n in m.weight.shape[:2])
+            pad(m, "weight", 0, 0, 0, 0, 0, c_in if m is not net.conv1 else 0, 0, c_out)
+        elif isinstance(m, nn.Linear):
+            pad(m, "weight", 0, -m.in_features % multiple)
+        elif isinstance(m, nn.BatchNorm2d):
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                pad(m, name, 0, -m.num_features % multiple)
+    return net
+
+
+def maybe_compile(function, args, device):
+    """torch.compile, as one graph of fixed shapes, where --compile asks for it."""
+    if args.compile == "off" or args.compile == "auto" and device.type != "cuda":
+        return function
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def with_fallback(*inputs):
+        nonlocal compiled
+        try:
+            return compiled(*inputs)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            print(f"warning: running without --compile: {str(error).splitlines()[0][:100]}",
+                  file=sys.stderr)
+            compiled = function
+            return function(*inputs)
+    return compiled if args.compile == "on" else with_fallback
+
+
+class Stepper:
+    """What a training and a search step share: SGD with Nesterov momentum on the weights of `net`,
+    gradients of what is stepped and of nothing else."""
+
+    def __init__(self, net, weights, args, context, precision):
+        self.net, self.args, self.context, self.precision = net, args, context, precision
+        self.weights = weights
+        self.optimizer = torch.optim.SGD(weights, args.lr, momentum=0.9, nesterov=True,
+                                         weight_decay=args.weight_decay, fused=True)
+
+    def logits(self, net, *inputs):
+        with autocast(self.precision, self.context.device):
+            return net(*inputs).float()
+
+    def step(self, loss, params, optimizer):
+        optimizer.zero_grad()
+        loss.backward(inputs=params)
+        self.context.average([p.grad for p in params])
+        optimizer.step()
+
+
+class TrainStep(Stepper):
+    """One step of training, under knowledge distillation where there is a teacher."""
+
+    def __init__(self, net, args, context, precision, teacher=None):
+        super().__init__(net, list(net.parameters()), args, context, precision)
+
+        def loss(x, y):
+            logits = self.logits(net, x)
+            if teacher is None:
+                return F.cross_entropy(logits, y), (logits.argmax(1) == y).sum()
+            with torch.no_grad():
+                guide = self.logits(teacher, x)
+            return kd_loss(logits, guide, y), (logits.argmax(1) == y).sum()
+
+        self.loss = maybe_compile(loss, args, context.device)
+
+    def __call__(self, x, y, meter):
+        loss, correct = self.loss(x, y)
+        self.step(loss, self.weights, self.optimizer)
+        meter.add(loss, correct, len(y))
+
+
+class SearchStep(Stepper):
+    """One search step: SGD on the weights with a batch of the one half, then Adam on alpha and beta
+    with a batch of the other half, each with its own sample."""
+
+    def __init__(self, net, args, context, precision, target):
+        super().__init__(net, net.weights(), args, context, precision)
+        self.sizes = [net.alpha, net.beta]
+        self.arch_optimizer = torch.optim.Adam(self.sizes, args.arch_lr, betas=(0.5, 0.999),
+                                               weight_decay=1e-3, fused=True)
+        self.tau = torch.ones((), device=context.device)
+
+        def loss(x, y):
+            sample = sample_sizes(net.alpha, net.beta, self.tau, args.num_samples,
+                                  args.sampler == "gumbel")
+            logits = self.logits(net, x, sample)
+            return F.cross_entropy(logits, y), (logits.argmax(1) == y).sum()
+
+        def arch_loss(x, y):
+            value, correct = loss(x, y)
+            p, q = net.probabilities()
+            cost = cost_loss(expected_macs(net.space, p, q), argmax_macs(net.space, p, q), target,
+                             args.tolerance)
+            return value + 2 * cost.float(), value, correct
+
+        self.loss = maybe_compile(loss, args, context.device)
+        self.arch_loss = maybe_compile(arch_loss, args, context.device)
+
+    def require(self, params):
+        """Let autograd follow these parameters only, in the forward pass already."""
+        for p in self.weights + self.sizes:
+            p.requires_grad_(False)
+        for p in params:
+            p.requires_grad_(True)
+
+    def __call__(self, batch, arch_batch, meter, arch_meter):
+        self.require(self.weights)
+        loss, correct = self.loss(*batch)
+        self.step(loss, self.weights, self.optimizer)
+        meter.add(loss, correct, len(batch[1]))
+        self.require(self.sizes)
+        total, loss, correct = self.arch_loss(*arch_batch)
+        self.step(total, self.sizes, self.arch_optimizer)
+        arch_meter.add(loss, correct, len(arch_batch[1]))
 
 
 @torch.no_grad()
 def evaluate(net, split, args, context, precision):
     """Accuracy in % on a split, each process on its share."""
     net.eval()
-    meter = Meter(context)
-    order = torch.arange(len(split.labels))
+    meter, order = Meter(context), torch.arange(len(split.labels))
     for x, y in split.batches(order, args.batch_size, False, context.rank, context.world):
         with autocast(precision, context.device):
             logits = net(x).float()
-        meter.add(F.cross_entropy(logits, y) if len(y) else logits.sum(), _correct(logits, y),
-                  len(y))
+        meter.add(logits.new_zeros(()), (logits.argmax(1) == y).sum(), len(y))
     return meter.read(everywhere=True)[1]
 
 
@@ -1333,196 +1425,119 @@ def train_network(run, args, context, data, net, teacher=None):
     steps = n // args.batch_size
     pad_channels(net)
     net.to(device, memory_format=torch.channels_last)
-    precision = choose_precision(run, args, net, net.shape.image_size, device)
-    optimizer = sgd(net.parameters(), args)
+    precision = choose_precision(run, args, net, net.shape.image_size, context)
     if teacher is not None:
         teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    train_step = TrainStep(net, args, context, precision, teacher)
+    warmup = min(5, args.epochs / 10) * steps
 
-    def loss_fn(x, y):
-        with autocast(precision, device):
-            logits = net(x).float()
-            guide = teacher(x).float() if teacher is not None else None
-        loss = F.cross_entropy(logits, y) if guide is None else kd_loss(logits, guide, y)
-        return loss, _correct(logits, y)
-
-    loss_fn = maybe_compile(loss_fn, args, device)
-
-    def train_epoch(epoch, progress):
+    def train_epoch(epoch, tick):
         net.train()
         meter = Meter(context)
-        order = torch.randperm(n)
-        batches = data.train.batches(order, args.batch_size, True, context.rank, context.world)
+        batches = data.train.batches(torch.randperm(n), args.batch_size, True, context.rank,
+                                     context.world)
         for step, (x, y) in enumerate(batches, epoch * steps):
-            warmup = min(5, args.epochs / 10) * steps
-            optimizer.param_groups[0]["lr"] = args.lr * cosine(step, args.epochs * steps, warmup)
-            loss, correct = loss_fn(x, y)
-            optimizer.zero_grad()
-            loss.backward()
-            context.average(list(net.parameters()))
-            optimizer.step()
-            meter.add(loss, correct, len(y))
-            progress.step(meter)
+            train_step.optimizer.param_groups[0]["lr"] = args.lr * cosine(
+                step, args.epochs * steps, warmup)
+            train_step(x, y, meter)
+            tick(meter)
         loss, accuracy = meter.read(everywhere=True)
-        context.average_buffers(net)
+        context.average_statistics(net)
         return {"train_loss": loss, "train_accuracy": accuracy,
                 "test_accuracy": evaluate(net, data.test, args, context, precision)}
 
-    return run_epochs(run, args, {"net": net, "optimizer": optimizer}, run.path.name, steps,
+    return run_epochs(run, args, {"net": net, "optimizer": train_step.optimizer}, steps,
                       train_epoch)
 
 
-def maybe_compile(function, args, device):
-    """torch.compile as one graph with fixed shapes where --compile says so."""
-    if args.compile == "off" or args.compile == "auto" and device.type != "cuda":
-        return function
-    compiled = torch.compile(function, fullgraph=True, dynamic=False)
-    if args.compile == "on":
-        return compiled
-
-    def guarded(*inputs):
-        nonlocal compiled
-        try:
-            return compiled(*inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            print(f"warning: not compiled ({str(error).splitlines()[0]})", file=sys.stderr)
-            compiled = function
-            return function(*inputs)
-    return guarded
-
-
-class SearchStep:
-    """One search step: SGD on the weights with a batch of the one half, Adam on alpha and beta with
-    a batch of the other, each with its own sample and only the gradients that it steps."""
-
-    def __init__(self, net, args, context, target, precision):
-        self.net, self.context = net, context
-        self.weights, self.logits = net.weights(), [net.alpha, net.beta]
-        self.optimizer = sgd(self.weights, args)
-        self.arch_optimizer = torch.optim.Adam(self.logits, args.arch_lr, betas=(0.5, 0.999),
-                                               weight_decay=1e-3, fused=True)
-        self.tau = torch.ones((), device=context.device)
-
-        def forward(x, y):
-            sample = sample_sizes(net.alpha, net.beta, self.tau, args.num_samples,
-                                  args.sampler == "gumbel")
-            with autocast(precision, context.device):
-                logits = net(x, sample).float()
-            return F.cross_entropy(logits, y), _correct(logits, y)
-
-        def arch_loss(x, y):
-            loss, correct = forward(x, y)
-            p, q = net.probabilities()
-            cost = cost_loss(expected_macs(net.space, p, q), argmax_macs(net.space, p, q), target,
-                             args.tolerance)
-            return loss + 2 * cost.float(), loss, correct
-
-        self.weight_loss = maybe_compile(forward, args, context.device)
-        self.arch_loss = maybe_compile(arch_loss, args, context.device)
-
-    def __call__(self, batch, arch_batch, meter, arch_meter):
-        self._only(self.weights)
-        loss, correct = self.weight_loss(*batch)
-        self._step(loss, self.weights, self.optimizer)
-        meter.add(loss, correct, len(batch[1]))
-        self._only(self.logits)
-        total, loss, correct = self.arch_loss(*arch_batch)
-        self._step(total, self.logits, self.arch_optimizer)
-        arch_meter.add(loss, correct, len(arch_batch[1]))
-
-    def _only(self, params):
-        for p in self.weights + self.logits:
-            p.requires_grad_(False)
-        for p in params:
-            p.requires_grad_(True)
-
-    def _step(self, loss, params, optimizer):
-        optimizer.zero_grad()
-        loss.backward(inputs=params)
-        self.context.average(params)
-        optimizer.step()
-
-
 def discrepancy(probabilities, rows):
-    """Mean of the top minus the second probability, over rows with a choice."""
-    top = [probabilities[i, :len(row)].topk(2).values for i, row in enumerate(rows) if len(row) > 1]
-    return (sum(float(a - b) for a, b in top) / len(top)) if top else 0.0
+    """Mean of the top minus the second probability, over the rows that have a choice."""
+    top = [p[:len(row)].topk(2).values for p, row in zip(probabilities, rows) if len(row) > 1]
+    return statistics.mean(float(a - b) for a, b in top) if top else 0.0
 
 
 def search_sizes(run, args, context, data, space, target):
     """Search the sizes of `space` (paper: the search). Returns the Shape and the metrics."""
     halves = split_halves(data.train.labels, args.seed)
+    splits = [copy.copy(data.train), copy.copy(data.train)]  # each with its own worker processes
     steps = min(map(len, halves)) // args.batch_size
-    if args.arch_lr is None:
-        args.arch_lr = default_arch_lr(steps * args.epochs)
     net = SuperResNet(space, args.align).to(context.device, memory_format=torch.channels_last)
     space.to(context.device)
-    with torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng():
         sample = sample_sizes(net.alpha, net.beta, 1.0, args.num_samples)
-    precision = choose_precision(run, args, net, space.full.image_size, context.device,
-                                 Sample(*(t.detach() for t in sample)))
-    search_step = SearchStep(net, args, context, target, precision)
+    precision = choose_precision(run, args, net, space.full.image_size, context, sample)
+    search_step = SearchStep(net, args, context, precision, target)
 
-    def train_epoch(epoch, progress):
+    def train_epoch(epoch, tick):
         net.train()
         meter, arch_meter = Meter(context), Meter(context)
         tau = 10 + (0.1 - 10) * epoch / max(1, args.epochs - 1)
         search_step.tau.fill_(tau)
-        batches = zip(*[data.train.batches(half[torch.randperm(len(half))], args.batch_size, True,
-                                           context.rank, context.world) for half in halves])
-        for step, (batch, arch_batch) in zip(range(steps), batches):
-            at = epoch * steps + step
-            search_step.optimizer.param_groups[0]["lr"] = args.lr * cosine(at, args.epochs * steps)
+        streams = [split.batches(half[torch.randperm(len(half))], args.batch_size, True,
+                                 context.rank, context.world)
+                   for split, half in zip(splits, halves)]
+        for step, batch, arch_batch in zip(range(steps), *streams):
+            search_step.optimizer.param_groups[0]["lr"] = args.lr * cosine(
+                epoch * steps + step, args.epochs * steps)
             search_step(batch, arch_batch, meter, arch_meter)
-            progress.step(arch_meter)
-        (loss, accuracy), (arch_loss, arch_accuracy) = meter.read(True), arch_meter.read(True)
+            tick(arch_meter)
+        (loss, accuracy), (val_loss, val_accuracy) = meter.read(True), arch_meter.read(True)
+        context.average_statistics(net)
         with torch.no_grad():
             p, q = net.probabilities()
-            e, f = float(expected_macs(space, p, q)), int(argmax_macs(space, p, q))
-        context.average_buffers(net)
-        return {"train_loss": loss, "train_accuracy": accuracy, "val_loss": arch_loss,
-                "val_accuracy": arch_accuracy, "tau": tau, "expected_macs": e, "argmax_macs": f,
-                "width_discrepancy": discrepancy(p, space.widths),
-                "depth_discrepancy": discrepancy(q, space.depths)}
+            return {"train_loss": loss, "train_accuracy": accuracy, "val_loss": val_loss,
+                    "val_accuracy": val_accuracy, "tau": tau,
+                    "expected_macs": float(expected_macs(space, p, q)),
+                    "argmax_macs": int(argmax_macs(space, p, q)),
+                    "width_discrepancy": discrepancy(p, space.widths),
+                    "depth_discrepancy": discrepancy(q, space.depths)}
 
-    parts = {"net": net, "optimizer": search_step.optimizer,
-             "arch_optimizer": search_step.arch_optimizer}
-    metrics = run_epochs(run, args, parts, run.path.name, steps, train_epoch)
+    full = count_macs(space.full)
+    metrics = run_epochs(
+        run, args, {"net": net, "optimizer": search_step.optimizer,
+                    "arch_optimizer": search_step.arch_optimizer}, steps, train_epoch,
+        lambda line: f", MACs {line['argmax_macs'] / full:.1%} for {target / full:.1%}")
     return extract(space, net.alpha, net.beta, target, args.tolerance), metrics
-
-
-def default_arch_lr(steps):
-    """The paper's 1e-3 for its 59,000 steps; in proportion larger for fewer, up to 0.05."""
-    return min(0.05, max(1e-3, 59 / max(1, steps)))
 
 
 # ------------------------------------------------------------------------------------------------
 # Commands
 # ------------------------------------------------------------------------------------------------
 
+PAPER = {  # paper (as transcribed): arch -> accuracy and MACs on CIFAR-10, then on CIFAR-100
+    "resnet20": ("92.88", "22.4M", "68.90", "22.4M"),
+    "resnet32": ("93.16", "35.0M", "72.41", "42.5M"),
+    "resnet56": ("93.69", "59.5M", "72.25", "61.2M"),
+    "resnet110": ("94.33", "119M", "73.16", "120M"),
+    "resnet164": ("94.00", "178M", "77.76", "171M"),
+    "resnet18": ("69.15", "1.21G"), "resnet50": ("76.20", "2.31G")}  # ImageNet
+
+
 def setup(args):
-    """Device, processes of torchrun, seed -> Context."""
+    """Seed, device, and the processes of torchrun -> Context."""
     try:
         device = torch.device(args.device if args.device != "auto" else
                               "cuda" if torch.cuda.is_available() else "cpu")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise TASError(f"--device {args.device}: {str(error).splitlines()[0][:100]}") from None
+        raise TASError(f"--device {args.device}: {str(error).splitlines()[0][:100]}; use cpu "
+                       "or leave it out") from None
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        raise TASError(f"--batch-size {args.batch_size} must be a multiple of the {world} processes")
     if world > 1 and not torch.distributed.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                              timeout=datetime.timedelta(minutes=10))
-    if args.batch_size % world:
-        raise TASError(f"--batch-size {args.batch_size} must be a multiple of the {world} processes")
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
     return Context(device, rank, world)
 
 
 def open_data(args, arch, context):
-    """The data set of a command, its defaults by image size filled into args."""
+    """The data set of a command; what depends on the size of its images is filled into args."""
     if args.image_size is None:
         small = ARCHS[arch].small if args.data == "folder" else args.data != "imagenet"
         args.image_size = 32 if small else 224
@@ -1532,98 +1547,123 @@ def open_data(args, arch, context):
         args.epochs = 120 if large else 600 if args.command == "search" else 300
     if args.weight_decay is None:
         args.weight_decay = 1e-4 if large else 5e-4
-    need = args.batch_size * (2 if args.command == "search" else 1)
-    if len(data.train.labels) < need:
-        raise TASError(f"--batch-size {args.batch_size} is too large: there are "
-                       f"{len(data.train.labels)} training images"
-                       f"{', half of them for each batch' if args.command == 'search' else ''}")
+    parts = 2 if args.command == "search" and args.method == "tas" else 1
+    if args.command != "eval" and len(data.train.labels) // parts < args.batch_size:
+        raise TASError(f"--batch-size {args.batch_size} is larger than the "
+                       f"{len(data.train.labels) // parts} training images"
+                       + (" of each half of the search" if parts == 2 else ""))
     return data
 
 
 def run_settings(args, data, **more):
     """What determines the result of a run, and nothing else."""
-    names = ["data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
+    names = ["command", "data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
              "precision"]
-    size = f"{len(data.train.labels)} + {len(data.test.labels)} images, {len(data.classes)} classes"
-    return {"command": args.command, **{k: getattr(args, k) for k in names}, "images": size, **more}
+    images = f"{len(data.train.labels)} + {len(data.test.labels)} images, {len(data.classes)} classes"
+    return {**{k: getattr(args, k) for k in names}, "images": images, **more}
 
 
 def parse_target(text, full):
     """--flops: a fraction of the unpruned network's MACs such as 0.47, or MACs such as 59.5M."""
-    scale = {"K": 1e3, "M": 1e6, "G": 1e9}.get(str(text)[-1:].upper(), 1)
+    scale = {"K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:].upper(), 1)
     try:
-        value = float(str(text)[:-1] if scale > 1 else text) * scale
+        value = float(text[:-1] if scale > 1 else text) * scale
     except ValueError:
         value = math.nan
     target = value * full if scale == 1 and value <= 1 else value
-    if not 0 < target <= full or target < 1000:
-        raise TASError(f"--flops {text}: give a fraction of the unpruned network above 0 and up to "
-                       f"1, or MACs up to its {full:,} such as {full * 0.5e-6:.1f}M")
+    if not 0 < target <= full or 1 < value < 1000:
+        raise TASError(f"--flops {text}: give a fraction of the unpruned network (above 0, at most "
+                       f"1) or MACs up to its {full:,}, for example 0.5 or {full * 5e-7:.1f}M")
     return round(target)
 
 
 def load(path):
-    """The network of a run directory of `train`, with its weights, in eval mode; or a new network
-    of a shape file."""
+    """The network of a run directory of `train` with its weights, or a new one of a shape file, in
+    eval mode."""
     path = Path(path)
     if not path.is_dir():
         return ResNet(Shape.load(path)).eval()
     if not (path / "weights.pt").exists():
-        raise TASError(f"{path} has no weights.pt: give the directory of a finished `train`")
+        raise TASError(f"{path} has no weights.pt; give the directory of a finished `train`")
     net = ResNet(Shape.load(path / "shape.json"))
     try:
         net.load_state_dict(load_tensors(path / "weights.pt"))
-    except RuntimeError:
+    except (RuntimeError, AttributeError):
         raise TASError(f"{path / 'weights.pt'} does not fit {path / 'shape.json'}") from None
     return net.eval()
 
 
 def load_teacher(path, shape):
-    """The trained unpruned network that guides `shape`, and the checksum that names it."""
+    """The trained unpruned network that is to guide `shape`, and a checksum that names it."""
     if path == "torchvision":
         from torchvision.models import get_model
         try:
             weights = get_model(shape.arch, weights="DEFAULT").state_dict()
         except Exception as error:  # no such model, no network ...
-            raise TASError(f"torchvision has no weights for {shape.arch}, or they could not be "
-                           f"downloaded ({str(error)[:80]}); train a teacher instead") from None
+            raise TASError(f"--teacher torchvision: no weights of {shape.arch} to be had "
+                           f"({str(error)[:80]}); train a teacher instead") from None
         net = ResNet(Space(shape.arch, len(weights["fc.bias"]), shape.image_size).full)
         net.load_state_dict(weights)
     else:
         net = load(path)
     for name in ("arch", "num_classes"):
-        old, new = getattr(net.shape, name), getattr(shape, name)
-        if old != new:
-            raise TASError(f"--teacher {path} has {name} {old}, the network to train {new}; "
-                           "train a teacher that agrees")
+        if getattr(net.shape, name) != getattr(shape, name):
+            raise TASError(f"--teacher {path} has {name} {getattr(net.shape, name)}, the network "
+                           f"to train {getattr(shape, name)}; train a teacher that agrees")
     flat = nn.utils.parameters_to_vector(net.parameters()).detach()
     return net, zlib.crc32(flat.numpy().tobytes())
+
+
+def full_shape(shape):
+    """The unpruned Shape that `shape` comes from."""
+    return Space(shape.arch, shape.num_classes, shape.image_size).full
+
+
+def summary(shape):
+    """MACs and parameters of a Shape in words."""
+    return (f"{count_macs(shape) / 1e6:.2f}M MACs "
+            f"({count_macs(shape) / count_macs(full_shape(shape)):.1%} of the unpruned), "
+            f"{count_params(shape) / 1e6:.3f}M parameters")
+
+
+def finish(run, shape, metrics, **result):
+    """Write shape.json and the result of a run."""
+    if run.main:
+        shape.save(run.path / "shape.json")
+    run.update(result={**result, "macs": count_macs(shape), "params": count_params(shape),
+                       "full_macs": count_macs(full_shape(shape)),
+                       "seconds": round(sum(line["seconds"] for line in metrics), 1)})
+
+
+def place(args):
+    """The flags that name the data, for the next command."""
+    flags = f"--data {args.data} --data-dir {args.data_dir}"
+    return flags.removesuffix(" --data-dir data").removesuffix(f" --data-dir {Path('data')}")
 
 
 def command_train(args):
     """Train the unpruned network of --arch, or the pruned one of --shape."""
     shape = Shape.load(args.shape) if args.shape else None
-    if shape is not None and args.arch not in (None, shape.arch):
-        raise TASError(f"{args.shape} is a shape of {shape.arch}, not of {args.arch}")
-    arch = shape.arch if shape is not None else args.arch
+    if shape is not None:
+        if args.arch not in (None, shape.arch):
+            raise TASError(f"{args.shape} is a shape of {shape.arch}, not of {args.arch}")
+        args.arch, args.image_size = shape.arch, args.image_size or shape.image_size
+    args.transfer = args.transfer or ("kd" if args.teacher else "none")
+    if args.transfer != "none" and not args.teacher:
+        raise TASError(f"--transfer {args.transfer} needs --teacher DIR, a trained {args.arch}")
     context = setup(args)
-    if shape is not None and args.image_size is None:
-        args.image_size = shape.image_size
-    data = open_data(args, arch, context)
-    full = Space(arch, len(data.classes), args.image_size).full
+    data = open_data(args, args.arch, context)
+    full = Space(args.arch, len(data.classes), args.image_size).full
     shape = shape or full
     for name in ("num_classes", "image_size"):
         if getattr(shape, name) != getattr(full, name):
             raise TASError(f"{args.shape} has {name} {getattr(shape, name)}, the data "
-                           f"{getattr(full, name)}; change it in the file if that is meant")
-    if args.transfer is None:
-        args.transfer = "kd" if args.teacher else "none"
-    if args.transfer != "none" and not args.teacher:
-        raise TASError(f"--transfer {args.transfer} needs --teacher DIR, a trained {arch}")
+                           f"{getattr(full, name)}; change the file if that is meant")
     teacher, checksum = load_teacher(args.teacher, shape) if args.teacher else (None, None)
-    out = args.out or f"runs/{args.data}-{arch}/{'teacher' if shape == full else 'pruned'}"
-    run = Run(out, run_settings(args, data, shape=dataclasses.asdict(shape),
-                                transfer=args.transfer, teacher=checksum), args.line, context.rank == 0)
+    step = "teacher" if shape == full else "pruned"
+    run = Run(args.out or f"runs/{args.data}-{args.arch}/{step}", run_settings(
+        args, data, shape=dataclasses.asdict(shape), transfer=args.transfer, teacher=checksum),
+        args, context)
     if run.result is None:
         torch.manual_seed(args.seed)
         net = ResNet(shape)
@@ -1631,93 +1671,73 @@ def command_train(args):
             inherit_weights(net, teacher)
         metrics = train_network(run, args, context, data, net,
                                 teacher if args.transfer == "kd" else None)
-        if run.main:
-            shape.save(run.path / "shape.json")
-            net = inherit_weights(ResNet(shape), net)  # without the padded channels
-            save_tensors(run.path / "weights.pt", net.state_dict())
-        source = read_json(Path(args.shape).parent / "run.json") if args.shape and (
-            Path(args.shape).parent / "run.json").exists() else {}
-        run.update(result={
-            "accuracy": metrics[-1]["test_accuracy"], "macs": count_macs(shape),
-            "full_macs": count_macs(full), "params": count_params(shape),
-            "seconds": round(sum(line["seconds"] for line in metrics), 1),
-            "teacher": str(args.teacher) if args.teacher else None,
-            "search": source.get("settings")})
-    result = run.result
+        if run.main:  # without the padded channels
+            save_tensors(run.path / "weights.pt", inherit_weights(ResNet(shape), net).state_dict())
+        source = Path(args.shape or "none").parent / "run.json"
+        teacher_run = Path(args.teacher or "none") / "run.json"
+        finish(run, shape, metrics, accuracy=metrics[-1]["test_accuracy"],
+               teacher_accuracy=(read_json(teacher_run)["result"]["accuracy"]
+                                 if teacher_run.exists() else None),
+               search=read_json(source)["settings"] if source.exists() else None)
     if run.main:
-        print(f"{out}: {arch}, accuracy {result['accuracy']:.2f}% on {args.data}, "
-              f"{_size_text(shape, full)}")
-        place = f"--data {args.data}" + (f" --data-dir {args.data_dir}" if args.data_dir != "data"
-                                         else "")
-        if shape == full:
-            print(f"next: python tas.py search {place} --arch {arch} --flops 0.5")
-        else:
-            print(f"next: python tas.py export {out}")
-
-
-def _size_text(shape, full):
-    macs, ratio = count_macs(shape), count_macs(shape) / count_macs(full)
-    return (f"{macs / 1e6:.2f}M MACs ({ratio:.1%} of the unpruned), "
-            f"{count_params(shape) / 1e6:.3f}M parameters")
+        print(f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on {args.data}, "
+              f"{summary(shape)}")
+        print(f"next: python tas.py search {place(args)} --arch {args.arch} --flops 0.5"
+              if shape == full else f"next: python tas.py export {run.path}")
 
 
 def command_search(args):
-    """Search the sizes of --arch for --flops; leaves shape.json."""
-    _check_arch(args.arch)
+    """Search the sizes of --arch that meet --flops; leaves shape.json."""
     context = setup(args)
     data = open_data(args, args.arch, context)
     space = Space(args.arch, len(data.classes), args.image_size, args.search, args.round)
-    full = space.full
-    target = parse_target(args.flops, count_macs(full))
-    steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
+    target = parse_target(args.flops, count_macs(space.full))
     if args.arch_lr is None:
-        args.arch_lr = default_arch_lr(steps)
+        steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
+        args.arch_lr = min(0.05, max(1e-3, 59 / max(1, steps)))
     names = ["search", "method", "num_samples", "sampler", "align", "round", "tolerance", "arch_lr"]
-    out = args.out or f"runs/{args.data}-{args.arch}/search"
-    run = Run(out, run_settings(args, data, arch=args.arch, target=target,
-                                **{k: getattr(args, k) for k in names}), args.line, context.rank == 0)
+    run = Run(args.out or f"runs/{args.data}-{args.arch}/search", run_settings(
+        args, data, arch=args.arch, target=target, **{k: getattr(args, k) for k in names}),
+        args, context)
     if run.result is None:
-        metrics = []
+        metrics, last = [], {}
         torch.manual_seed(args.seed)
         if args.method == "tas":
             shape, metrics = search_sizes(run, args, context, data, space, target)
+            last = metrics[-1]
         elif args.method == "random":
             shape = draw_shape(space, target, args.tolerance)
         else:
             shape = scale_shape(space, target, args.tolerance, args.round)
-        if run.main:
-            shape.save(run.path / "shape.json")
-        run.update(result={
-            "macs": count_macs(shape), "full_macs": count_macs(full), "params": count_params(shape),
-            "seconds": round(sum(line["seconds"] for line in metrics), 1),
-            **{k: metrics[-1][k] for k in ("val_accuracy", "width_discrepancy",
-                                           "depth_discrepancy") if metrics}})
-    shape = Shape.load(run.path / "shape.json")
+        finish(run, shape, metrics, **{k: last[k] for k in (
+            "val_accuracy", "width_discrepancy", "depth_discrepancy") if k in last})
     if run.main:
-        print(f"{out}/shape.json: {_size_text(shape, full)}, target {target / 1e6:.2f}M")
-        print(f"next: python tas.py train --data {args.data} --data-dir {args.data_dir} --shape "
-              f"{out}/shape.json --teacher runs/{args.data}-{args.arch}/teacher")
+        path = run.path / "shape.json"
+        print(f"{path}: {summary(Shape.load(path))}; target {target / 1e6:.2f}M")
+        print(f"next: python tas.py train {place(args)} --shape {path} --teacher "
+              f"{run.path.parent / 'teacher'}")
 
 
 def command_prune(args):
-    """Train the teacher, search the sizes, train the pruned network; finished parts are kept."""
+    """Train the teacher, search the sizes, distil the pruned network; finished parts are kept."""
     base = Path(args.out or f"runs/{args.data}-{args.arch}")
 
     def part(command, function, out, **changes):
-        function(argparse.Namespace(**{**vars(args), "command": command, "out": str(base / out),
+        function(argparse.Namespace(**{**vars(args), "command": command, "out": base / out,
                                        "shape": None, **changes}))
 
-    if not args.teacher:
+    transfer = args.transfer or "kd"
+    teacher = args.teacher or (base / "teacher" if transfer != "none" else None)
+    if teacher and not args.teacher:
         part("train", command_train, "teacher", transfer="none", teacher=None)
     part("search", command_search, "search")
-    part("train", command_train, "pruned", shape=str(base / "search" / "shape.json"),
-         teacher=args.teacher or str(base / "teacher"))
+    part("train", command_train, "pruned", shape=base / "search" / "shape.json", teacher=teacher,
+         transfer=transfer)
 
 
 def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
-    net = load(args.dir)
-    context = setup(args)
+    net, context = load(args.dir), setup(args)
     args.image_size = args.image_size or net.shape.image_size
     data = open_data(args, net.shape.arch, context)
     if len(data.classes) != net.shape.num_classes:
@@ -1725,69 +1745,430 @@ def command_eval(args):
                        f"{len(data.classes)}; give the --data that it was trained on")
     net.to(context.device, memory_format=torch.channels_last)
     accuracy = evaluate(net, data.test, args, context, "fp32")
-    full = Space(net.shape.arch, net.shape.num_classes, net.shape.image_size).full
     print(f"{args.dir}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images, "
-          f"{_size_text(net.shape, full)}")
+          f"{summary(net.shape)}\nnext: python tas.py export {args.dir}")
+
+
+def command_export(args):
+    """Write a trained network as a torch.export program (and ONNX) with a dynamic batch."""
+    net, out = load(args.dir), Path(args.dir)
+    size = net.shape.image_size
+    programs = []
+    for model in (ResNet(full_shape(net.shape)).eval(), net):
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(model, (torch.zeros(2, 3, size, size),),
+                                      dynamic_shapes=({0: batch},))
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        programs.append(buffer.getvalue())
+    for n in (1, 3):
+        x = torch.randn(n, 3, size, size)
+        torch.testing.assert_close(program.module()(x), net(x))
+    write_file(out / "network.pt2", programs[1])
+    print(f"{out / 'network.pt2'}: {len(programs[1]) / 1e6:.2f} MB (unpruned "
+          f"{len(programs[0]) / 1e6:.2f} MB), {summary(net.shape)}; outputs equal eager ones\n"
+          f"next: torch.export.load('{out / 'network.pt2'}').module()(images)")
+    if args.onnx:
+        try:
+            import onnx, onnxscript  # noqa: E401, F401
+        except ImportError as error:
+            raise TASError(f"--onnx needs the package {error.name}: pip install onnx onnxscript "
+                           "onnxruntime") from None
+        torch.onnx.export(program, dynamo=True).save(out / "network.onnx")
+        print(f"{out / 'network.onnx'}: {(out / 'network.onnx').stat().st_size / 1e6:.2f} MB")
+
+
+def command_describe(args):
+    """A network layer by layer: widths, MACs and their share, against the unpruned network."""
+    path = Path(args.network)
+    if args.network in ARCHS:
+        shape = Space(args.network, 10 if ARCHS[args.network].small else 1000).full
+    elif path.exists():
+        shape = Shape.load(path / "shape.json" if path.is_dir() else path)
+    else:
+        raise TASError(f"{args.network} is neither an arch{nearest(args.network, ARCHS)} nor a "
+                       "shape file")
+    full, total = full_shape(shape), count_macs(shape)
+    print(f"{'layer':<20}{'width':>6}{'of':>6}{'MACs':>15}{'share':>8}")
+
+    def row(name, width, of, macs):
+        bar = "#" * max(1, round(24 * width / of)) if width else "dropped"
+        print(f"{name:<20}{width:>6}{of:>6}{macs:>15,}{macs / total:>8.1%}  {bar}")
+
+    space, n = Space.single(shape), len(ARCHS[shape.arch].kernels)
+    row("stem", shape.stem, full.stem, space.stem_cost * shape.stem)
+    c, block = shape.stem, 0
+    for s, (blocks, widest) in enumerate(zip(shape.stages, full.stages)):
+        for b, of in enumerate(widest):
+            widths, c_in = (blocks[b] if b < len(blocks) else [0] * n), c
+            for i, width in enumerate(widths):
+                cost = int(space.conv_cost[i, block]) if width else 0
+                row(f"stage{s + 1}.{b + 1}.conv{i + 1}", width, of[i], cost * c * width)
+                c = width or c
+            if widths[0]:
+                if not (space.free[block] and c == c_in):
+                    row(f"stage{s + 1}.{b + 1}.shortcut", c, of[-1],
+                        int(space.project_cost[block]) * c_in * c)
+                block += 1
+    row("classifier", shape.num_classes, shape.num_classes, c * shape.num_classes)
+    print(f"{shape.arch}, {shape.num_classes} classes, {shape.image_size} pixels: {summary(shape)}\n"
+          f"next: python tas.py train --data DATA --shape {args.network}" if shape != full else
+          f"{shape.arch}: {summary(shape)}\nnext: python tas.py prune --data DATA --arch {shape.arch}"
+          " --flops 0.5")
+
+
+def command_bench(args):
+    """Time training, search, batching and inference, alternating in one process; print ratios."""
+    context = setup(args)
+    size = args.image_size or (32 if ARCHS[args.arch].small else 224)
+    space, times = Space(args.arch, 10, size).to(context.device), {}
+    shapes = {"unpruned": space.full} | {Path(s).stem: Shape.load(s) for s in args.shape}
+    cases = {(name, precision): function
+             for precision in (["fp32", "bf16"] if args.precision == "auto" else [args.precision])
+             for name, function in _bench_cases(args, context, space, shapes, precision)}
+    sync = torch.cuda.synchronize if context.device.type == "cuda" else lambda: None
+    for _ in range(args.rounds + 2):  # the first two warm up
+        for case, function in cases.items():
+            sync()
+            start = time.perf_counter()
+            function()
+            sync()
+            times.setdefault(case, []).append(1e3 * (time.perf_counter() - start))
+    rows = []
+    for (name, precision), values in times.items():
+        base = "inference, unpruned" + name[name.rfind(","):] if "inference" in name else "training"
+        median = statistics.median(values[2:])
+        rows.append({"case": name, "precision": precision, "ms": round(median, 2), "to": base,
+                     "ratio": round(median / statistics.median(times[base, precision][2:]), 3)})
+        print(f"{precision} {name:<42}{median:>10.2f} ms {rows[-1]['ratio']:>7.3f} x {base}")
+    memory = {}
+    if context.device.type == "cpu":
+        for search in (False, True):
+            with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+                memory["search" if search else "training"] = pool.apply(
+                    _peak_memory, (args.arch, args.batch_size, size, rows[-1]["precision"], search))
+        print(f"peak memory of the search / of training ({rows[-1]['precision']}): "
+              f"{memory['search']:.0f} / {memory['training']:.0f} MB = "
+              f"{memory['search'] / memory['training']:.2f}")
+    macs = {name: round(count_macs(s) / count_macs(space.full), 4) for name, s in shapes.items()}
+    print("MACs: " + ", ".join(f"{name} {ratio:.1%}" for name, ratio in macs.items()))
+    if args.json:
+        write_json(args.json, {
+            "command": args.line, "machine": machine(), "torch": torch.__version__, "arch": args.arch,
+            "threads": torch.get_num_threads(), "batch_size": args.batch_size, "rows": rows,
+            "macs_ratio": macs, "peak_memory_mb": memory})
+    print(f"next: python tas.py prune --data cifar10 --arch {args.arch} --flops 0.5")
+
+
+def _bench_cases(args, context, space, shapes, precision):
+    """(name, function) of everything that is timed in one precision."""
+    device, batch, size = context.device, args.batch_size, space.full.image_size
+    pixels = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8)
+    split = SmallImages(pixels, torch.randint(10, (batch,)), device)
+    order, meter = torch.arange(batch), Meter(context)
+    x, y = next(split.batches(order, batch, True))
+    train_step = TrainStep(_channels_last(pad_channels(ResNet(space.full)), device), args, context,
+                           precision)
+    cases = [("training", lambda: train_step(x, y, meter)),
+             ("batching and augmentation", lambda: next(split.batches(order, batch, True)))]
+    for n in (2, space.K):
+        some = argparse.Namespace(**{**vars(args), "num_samples": n})
+        step = SearchStep(_channels_last(SuperResNet(space), device), some, context, precision,
+                          count_macs(space.full) / 2)
+        cases.append((f"search, {n} candidates mixed", functools.partial(
+            step, (x, y), (x, y), meter, meter)))
+    for name, shape in shapes.items():
+        net = _channels_last(ResNet(shape).eval().requires_grad_(False), device)
+        for n in (1, batch):
+            def infer(net=net, x=x[:n]):
+                with torch.no_grad(), autocast(precision, device):
+                    return net(x)
+            cases.append((f"inference, {name}, batch {n}", infer))
+    return cases
+
+
+def _channels_last(net, device):
+    return net.to(device, memory_format=torch.channels_last)
+
+
+def _peak_memory(arch, batch, size, precision, search):
+    """Growth in MB of this process's resident set over three steps."""
+    import resource
+    args = build_parser().parse_args(["bench", "--arch", arch, "--batch-size", str(batch)])
+    context, space = Context(torch.device("cpu")), Space(arch, 10, size)
+    x, y = torch.randn(batch, 3, size, size), torch.zeros(batch, dtype=torch.long)
+    x, meter = x.to(memory_format=torch.channels_last), Meter(context)
+    net = _channels_last(SuperResNet(space) if search else ResNet(space.full), "cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = (SearchStep(net, args, context, precision, count_macs(space.full) / 2) if search else
+            TrainStep(net, args, context, precision))
+    for _ in range(3):
+        step(*((x, y), (x, y), meter, meter) if search else (x, y, meter))
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def _report_rows(runs):
+    """Trained networks grouped over seeds: the cells of the Markdown table."""
+    groups = {}
+    for info in runs:
+        if info["settings"]["command"] == "train":
+            shape, search = Shape(**info["settings"]["shape"]), info["result"].get("search") or {}
+            kind = search.get("method") or "given shape"
+            kind += "".join(f", {k} {search[k]}" for k, usual in (
+                ("search", "both"), ("num_samples", 2), ("sampler", "gumbel"), ("align", "cwi"),
+                ("round", 1)) if kind == "tas" and search[k] != usual)
+            if shape == full_shape(shape):
+                kind = "unpruned"
+            key = (shape.arch, info["settings"]["data"], info["settings"]["images"], kind,
+                   info["settings"]["transfer"], info["settings"]["epochs"], search.get("epochs"),
+                   search.get("target"))
+            groups.setdefault(key, []).append(info)
+    for key in sorted(groups, key=str):
+        arch, data, images, kind, transfer, epochs, search_epochs, target = key
+        infos = sorted(groups[key], key=lambda info: info["settings"]["seed"])
+        results = [info["result"] for info in infos]
+
+        def mean(name, scale=1, digits=2, results=results):
+            values = [r[name] / scale for r in results if r.get(name) is not None]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            return f"{statistics.mean(values):.{digits}f}{spread}" if values else "-"
+
+        drops = [r["teacher_accuracy"] - r["accuracy"] for r in results if r.get("teacher_accuracy")]
+        known = [images.startswith("50000 + 10000") and images.endswith(f" {n} classes")
+                 for n in (10, 100)] + [data == "imagenet"]
+        paper = PAPER.get(arch, ())[2 * known.index(True) % 4:][:2] if any(known) else ()
+        macs = statistics.mean(r["macs"] for r in results)
+        yield [arch, data, kind, transfer, f"{target / 1e6:.2f}" if target else "-",
+               mean("macs", 1e6), f"{100 * (1 - macs / results[0]['full_macs']):.1f}",
+               mean("params", 1e6, 3), mean("teacher_accuracy"), mean("accuracy"),
+               f"{statistics.mean(drops):.2f}" if drops else "-",
+               " ".join(str(info["settings"]["seed"]) for info in infos),
+               f"{search_epochs or 0} + {epochs}" if kind.startswith("tas") else str(epochs),
+               mean("seconds", 60, 1), f"{paper[0]} at {paper[1]}" if paper and kind == "tas" else "-"]
+
+
+def command_report(args):
+    """One Markdown table and one figure over all runs below the given directories."""
+    paths = sorted({p for d in args.dirs for p in Path(d).rglob("run.json")})
+    runs = [(p.parent, info) for p in paths if (info := read_json(p)).get("result")]
+    if not runs:
+        raise TASError(f"no finished run below {', '.join(args.dirs)}; train or search first")
+    head = ["arch", "data", "size found by", "transfer", "target M", "MACs M", "removed %",
+            "params M", "teacher %", "accuracy %", "drop", "seeds", "epochs", "minutes",
+            "paper (as transcribed)"]
+    try:
+        rows = [head, ["---"] * len(head), *_report_rows([info for _, info in runs])]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TASError(f"a run.json below {', '.join(args.dirs)} lacks {error}") from None
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    out = Path(args.out or args.dirs[0])
+    machines = sorted({info["machine"] for _, info in runs})
+    write_file(out / "report.md", (
+        f"{table}\nAccuracy is that of the last epoch on the test images, mean ± standard deviation "
+        f"over the seeds. Machine: {'; '.join(machines)}.\n").encode())
+    print(table, end="")
+    searches = [p for p, info in runs if info["settings"].get("method") == "tas"]
+    print(f"{out / 'report.md'}" + (f", {out / 'report.png'}" if searches else ""))
+    if searches:
+        _draw_report(searches[0], out / "report.png")
+    print("next: python tas.py describe DIR/shape.json")
+
+
+def _draw_report(directory, path):
+    """The trajectory of one search, and the widths it found over the unpruned ones."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    settings, shape = read_json(directory / "run.json")["settings"], Shape.load(
+        directory / "shape.json")
+    full, epoch = full_shape(shape), [line["epoch"] for line in lines]
+    total = count_macs(full)
+    figure, axes = plt.subplot_mosaic([["macs", "tau", "gap", "accuracy"], ["widths"] * 4],
+                                      figsize=(13, 6.4), layout="constrained")
+    low, high = (100 * settings["target"] * (1 + t) / total
+                 for t in (-settings["tolerance"], settings["tolerance"]))
+    axes["macs"].axhspan(low, high, color="0.85", label="target band")
+    for panel, keys, scale, unit in (
+            ("macs", {"expected_macs": "expected", "argmax_macs": "most probable"}, 100 / total,
+             "MACs (% of unpruned)"),
+            ("tau", {"tau": "tau"}, 1, "temperature tau"),
+            ("gap", {"width_discrepancy": "widths", "depth_discrepancy": "depths"}, 1,
+             "top minus second probability"),
+            ("accuracy", {"val_accuracy": "architecture half", "train_accuracy": "weight half"}, 1,
+             "accuracy of sampled sizes (%)")):
+        for (key, label), colour, mark in zip(keys.items(), ("#0072B2", "#D55E00"), "os"):
+            axes[panel].plot(epoch, [scale * line[key] for line in lines], color=colour,
+                             marker=mark if len(epoch) < 40 else "", label=label)
+        axes[panel].set(xlabel="epoch", ylabel=unit)
+        axes[panel].legend(frameon=False)
+    n, found, at = len(ARCHS[shape.arch].kernels), [shape.stem], 1
+    for blocks, widest in zip(shape.stages, full.stages):
+        found += itertools.chain(*blocks, [0] * n * (len(widest) - len(blocks)))
+    axis, layers = axes["widths"], range(len(found))
+    axis.bar(layers, full.convs, color="0.85", width=0.9, label="unpruned")
+    axis.bar(layers, found, color="#0072B2", width=0.9, label="found")
+    dropped = [j for j in layers if not found[j]]
+    axis.plot(dropped, [0] * len(dropped), "x", color="#D55E00", clip_on=False,
+              label="dropped block" if dropped else None)
+    for blocks in full.stages:
+        axis.axvline(at - 0.5, color="0.4", linewidth=0.8, linestyle=":")
+        at += n * len(blocks)
+    axis.set(xlabel="conv, in order (dotted: stages begin)", ylabel="channels",
+             xlim=(-0.6, len(found) - 0.4))
+    axis.legend(frameon=False, loc="upper left")
+    figure.suptitle(f"{shape.arch}: {settings['target'] / total:.0%} of the MACs asked, "
+                    f"{count_macs(shape) / total:.1%} found, seed {settings['seed']}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    write_file(path, buffer.getbuffer())
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message):
+        raise TASError(f"{message}; see python {self.prog} --help")
+
+
+def one_of(*options):
+    """Argument type: one of the options; a wrong word is answered with the nearest."""
+    def parse(text):
+        if text not in options:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(options)}"
+                                             + nearest(text, options))
+        return text
+    return parse
+
+
+def number(kind, low, high):
+    """Argument type: an int or float from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {kind.__name__} from {low} to "
+                                             f"{high}")
+        return value
+    return parse
+
+
+OPTIONS = {  # group -> (flag, argument type, default, help)
+    "network": [("--arch", one_of(*ARCHS), None, " ".join(ARCHS))],
+    "shape": [("--shape", str, None, "shape.json of a pruned network, instead of --arch")],
+    "data": [
+        ("--data", one_of("cifar10", "cifar100", "imagenet", "folder", "synthetic"), None,
+         "cifar10 cifar100 imagenet folder synthetic"),
+        ("--data-dir", str, "data", "where the data is, or goes (data)"),
+        ("--image-size", number(int, 8, 1024), None, "pixels (32 or 224); up to 64: in memory")],
+    "schedule": [
+        ("--epochs", number(int, 1, 100_000), None,
+         "train 300, search 600, ImageNet 120 (paper)"),
+        ("--batch-size", number(int, 1, 1_000_000), 256, "over all processes (256, paper)"),
+        ("--lr", number(float, 1e-9, 1e9), 0.1, "learning rate of the weights, cosine (0.1, paper)"),
+        ("--weight-decay", number(float, 0, 1), None, "5e-4, ImageNet 1e-4 (paper)"),
+        ("--seed", number(int, 0, 2 ** 62), 0, "of everything random (0)")],
+    "target": [
+        ("--flops", str, "0.5", "MACs: fraction of the unpruned, or such as 59.5M (0.5, ours)"),
+        ("--tolerance", number(float, 0.001, 0.5), 0.05, "half-width of the band (0.05, paper)"),
+        ("--round", number(int, 1, 64), 1, "candidate widths in multiples of this (1, paper)"),
+        ("--arch-lr", number(float, 1e-9, 1e9), None, "Adam's rate for alpha and beta (ours: the "
+         "paper's 1e-3 x 59,000 / steps, at least 1e-3, at most 0.05)")],
+    "ablations": [
+        ("--search", one_of("both", "width", "depth"), "both", "both width depth (both, paper)"),
+        ("--method", one_of("tas", "random", "uniform"), "tas", "tas random uniform (tas, paper)"),
+        ("--num-samples", number(int, 1, 8), 2, "candidates mixed, 1 to 8 (2, paper)"),
+        ("--sampler", one_of("gumbel", "softmax"), "gumbel", "gumbel softmax (gumbel, paper)"),
+        ("--align", one_of("cwi", "pad"), "cwi", "cwi pad (cwi, paper)")],
+    "knowledge transfer": [
+        ("--teacher", str, None, "directory of the trained unpruned network, or torchvision"),
+        ("--transfer", one_of("none", "init", "kd"), None, "none init kd (kd if --teacher)")],
+    "running": [
+        ("--out", str, None, "run directory (runs/DATA-ARCH/STEP); reruns resume there"),
+        ("--device", str, "auto", "cpu, cuda, ... (auto)"),
+        ("--workers", number(int, 0, 256), min(8, os.cpu_count()), "processes that read images"),
+        ("--precision", one_of("auto", "fp32", "bf16"), "auto", "auto fp32 bf16 (auto: the faster)"),
+        ("--compile", one_of("auto", "on", "off"), "auto", "auto on off (auto: on CUDA)"),
+        ("--quiet", None, False, "print results only")]}
+_RUN = ["network", "data", "schedule", "running"]
+COMMANDS = {  # command -> (function, groups of options)
+    "train": (command_train, [*_RUN, "shape", "knowledge transfer"]),
+    "search": (command_search, [*_RUN, "target", "ablations"]),
+    "prune": (command_prune, [*_RUN, "target", "ablations", "knowledge transfer"]),
+    "eval": (command_eval, ["data", "running"]),
+    "export": (command_export, []), "describe": (command_describe, []),
+    "bench": (command_bench, ["network"]), "report": (command_report, [])}
 
 
 def build_parser():
     """The command line."""
-    parser = argparse.ArgumentParser(prog="tas.py")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def common(p):
-        p.add_argument("--data", required=True)
-        p.add_argument("--data-dir", default="data")
-        p.add_argument("--image-size", type=int)
-        p.add_argument("--epochs", type=int)
-        p.add_argument("--batch-size", type=int, default=256)
-        p.add_argument("--lr", type=float, default=0.1)
-        p.add_argument("--weight-decay", type=float)
-        p.add_argument("--seed", type=int, default=0)
-        p.add_argument("--out")
-        p.add_argument("--device", default="auto")
-        p.add_argument("--workers", type=int, default=min(8, os.cpu_count()))
-        p.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
-        p.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
-        p.add_argument("--quiet", action="store_true")
-
-    def sizes(p):
-        p.add_argument("--flops", default="0.5")
-        p.add_argument("--tolerance", type=float, default=0.05)
-        p.add_argument("--search", default="both", choices=["both", "width", "depth"])
-        p.add_argument("--method", default="tas", choices=["tas", "random", "uniform"])
-        p.add_argument("--num-samples", type=int, default=2)
-        p.add_argument("--sampler", default="gumbel", choices=["gumbel", "softmax"])
-        p.add_argument("--align", default="cwi", choices=["cwi", "pad"])
-        p.add_argument("--round", type=int, default=1)
-        p.add_argument("--arch-lr", type=float)
-
-    def transfer(p):
-        p.add_argument("--teacher")
-        p.add_argument("--transfer", choices=["none", "init", "kd"])
-    p = commands.add_parser("train"); common(p); transfer(p)
-    p.add_argument("--arch"); p.add_argument("--shape")
-    p = commands.add_parser("search"); common(p); sizes(p); p.add_argument("--arch")
-    p = commands.add_parser("prune"); common(p); sizes(p); transfer(p); p.add_argument("--arch")
-    p = commands.add_parser("eval"); p.add_argument("dir"); common(p)
+    parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
+                                     parser_class=Parser)
+    for name, (function, groups) in COMMANDS.items():
+        p = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        p.set_defaults(function=function)
+        for group in groups:
+            section = p.add_argument_group(group)
+            for flag, kind, default, text in OPTIONS[group]:
+                needed = flag == "--data" or flag == "--arch" and name in ("search", "prune")
+                how = {"action": "store_true"} if kind is None else {
+                    "type": kind, "metavar": flag[2:].upper().replace("-", "_")}
+                section.add_argument(flag, default=default, required=needed, help=text, **how)
+        if name in ("eval", "export"):
+            p.add_argument("dir", help="directory of a finished train")
+    commands.choices["eval"].set_defaults(batch_size=256, seed=0, epochs=1, weight_decay=0.0)
+    commands.choices["export"].add_argument("--onnx", action="store_true", help="ONNX as well")
+    commands.choices["describe"].add_argument("network", help="arch, shape file or run directory")
+    p = commands.choices["report"]
+    p.add_argument("dirs", nargs="+", help="directories with runs below them")
+    p.add_argument("--out", help="where report.md and report.png go (the first directory)")
+    p = commands.choices["bench"]
+    p.set_defaults(lr=0.01, weight_decay=5e-4, arch_lr=1e-3, tolerance=0.05, num_samples=2,
+                   sampler="gumbel", seed=0, arch="resnet20")
+    for flag, kind, default, text in (
+            ("--batch-size", number(int, 1, 65536), 256, "(256)"),
+            ("--image-size", number(int, 8, 1024), None, "(32 or 224)"),
+            ("--rounds", number(int, 1, 1000), 7, "of measuring, after two of warm-up (7)")):
+        p.add_argument(flag, type=kind, default=default, help=text)
+    p.add_argument("--shape", nargs="*", default=[], help="shapes whose inference is timed too")
+    p.add_argument("--json", help="write the table to this file")
+    for flag, kind, default, text in OPTIONS["running"]:
+        if flag in ("--device", "--precision", "--compile"):
+            p.add_argument(flag, type=kind, default=default, help=text)
     return parser
 
 
 def main(argv=None):
-    """Run a command; returns the exit status."""
+    """Run a command; returns the exit status: 0, 2 for what the user can mend, 130 when stopped."""
     def stop(*_):
         raise KeyboardInterrupt
-    args = build_parser().parse_args(argv)
-    args.line = " ".join(["python tas.py", *(sys.argv[1:] if argv is None else argv)])
-    signal.signal(signal.SIGTERM, stop)
+
+    argv = sys.argv[1:] if argv is None else list(argv)
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        globals()[f"command_{args.command}"](args)
-    except TASError as error:
-        print(f"error: {str(error).rsplit('TASError: ', 1)[-1]}", file=sys.stderr)
+        if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+            raise TASError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; known: "
+                           f"{', '.join(COMMANDS)}")
+        args = build_parser().parse_args(argv)
+        args.line = " ".join(["python tas.py", *argv])
+        signal.signal(signal.SIGTERM, stop)
+        args.function(args)
+    except TASError as error:  # its last part, when a worker process raised it
+        if first:
+            print(f"error: {str(error).rsplit('TASError: ', 1)[-1].strip()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command resumes after the last finished epoch", file=sys.stderr)
+        if first:
+            print("stopped; the same command goes on after the last finished epoch",
+                  file=sys.stderr)
         return 130
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 
