@@ -59,10 +59,38 @@ cpu() {
     tas report $STUDY
 }
 
+# The paper's CIFAR tables (and ImageNet's where IMAGENET names a folder), on a GPU. EPOCHS and DATA
+# shorten the plan for a trial. Finished parts are skipped.
+table() {
+    local root=runs/table dry=${1:-} data arch flops
+    while read -r data arch flops; do
+        set -- prune --data "${DATA:-$data}" --arch "$arch" --flops "$flops" \
+            --out "$root/$data-$arch" ${EPOCHS:+--epochs "$EPOCHS"} ${BATCH:+--batch-size "$BATCH"}
+        [ "$data" = imagenet ] && set -- "$@" --data-dir "$IMAGENET"
+        echo "python tas.py $*"
+        [ "$dry" = --dry-run ] || tas "$@"
+    done < <(printf '%s\n' \
+        "cifar10 resnet20 0.550" "cifar10 resnet32 0.506" "cifar10 resnet56 0.473" \
+        "cifar10 resnet110 0.470" "cifar10 resnet164 0.719" "cifar100 resnet20 0.550" \
+        "cifar100 resnet32 0.615" "cifar100 resnet56 0.487" "cifar100 resnet110 0.474" \
+        "cifar100 resnet164 0.691"
+        if [ -n "${IMAGENET:-}" ]; then
+            printf '%s\n' "imagenet resnet18 0.667" "imagenet resnet50 0.565"
+        fi)
+    if [ "$dry" = --dry-run ]; then
+        echo "each prune: 300 + 600 + 300 epochs of CIFAR (120 each of ImageNet); not timed on a GPU"
+    else
+        tas report "$root"
+    fi
+}
+
+mode=${1:-table}
+[ "$mode" = --dry-run ] && { table --dry-run; exit; }
 setup
-case "${1:-table}" in
+case "$mode" in
     smoke) smoke ;;
     test) python -m pytest -q test_tas.py ;;
     cpu) cpu ;;
+    table) table "${2:-}" ;;
     *) echo "usage: bash reproduce.sh smoke | test | cpu | [table] [--dry-run]" >&2; exit 2 ;;
 esac

@@ -45,27 +45,28 @@ def nearest(word, options):
 # ------------------------------------------------------------------------------------------------
 
 class Arch(NamedTuple):
-    """An unpruned network: blocks and channels of every stage, and the kind of block."""
+    """An unpruned network. A block's stride is in its first 3x3 conv."""
 
-    depths: tuple  # blocks in each stage
+    depths: tuple  # blocks of each stage
     widths: tuple  # channels of each stage; a bottleneck's last conv has four times as many
-    kernels: tuple  # kernel size of each conv of a block; the stride is in the first 3x3
-    small: bool  # 32x32 stem (one 3x3 conv) and pooled shortcuts, else ImageNet's
+    kernels: tuple  # kernel size of each conv of a block
+    small: bool  # CIFAR: 3x3 stem, pooled shortcuts; else ImageNet: 7x7 stem, max pooling
+
+    def block_widths(self, stage):
+        """Channels of the convs of one unpruned block."""
+        width = self.widths[stage]
+        return [width, width] if self.kernels == BASIC else [width, width, 4 * width]
 
 
 BASIC, BOTTLENECK = (3, 3), (1, 3, 1)
+CIFAR, IMAGENET = (16, 32, 64), (64, 128, 256, 512)
 ARCHS = {
-    "resnet20": Arch((3, 3, 3), (16, 32, 64), BASIC, True),
-    "resnet32": Arch((5, 5, 5), (16, 32, 64), BASIC, True),
-    "resnet44": Arch((7, 7, 7), (16, 32, 64), BASIC, True),
-    "resnet56": Arch((9, 9, 9), (16, 32, 64), BASIC, True),
-    "resnet110": Arch((18, 18, 18), (16, 32, 64), BASIC, True),
-    "resnet164": Arch((18, 18, 18), (16, 32, 64), BOTTLENECK, True),
-    "resnet18": Arch((2, 2, 2, 2), (64, 128, 256, 512), BASIC, False),
-    "resnet34": Arch((3, 4, 6, 3), (64, 128, 256, 512), BASIC, False),
-    "resnet50": Arch((3, 4, 6, 3), (64, 128, 256, 512), BOTTLENECK, False),
-    "resnet101": Arch((3, 4, 23, 3), (64, 128, 256, 512), BOTTLENECK, False),
-}
+    **{f"resnet{6 * n + 2}": Arch((n, n, n), CIFAR, BASIC, True) for n in (3, 5, 7, 9, 18)},
+    "resnet164": Arch((18, 18, 18), CIFAR, BOTTLENECK, True),
+    "resnet18": Arch((2, 2, 2, 2), IMAGENET, BASIC, False),
+    "resnet34": Arch((3, 4, 6, 3), IMAGENET, BASIC, False),
+    "resnet50": Arch((3, 4, 6, 3), IMAGENET, BOTTLENECK, False),
+    "resnet101": Arch((3, 4, 23, 3), IMAGENET, BOTTLENECK, False)}
 
 
 def _check_arch(arch):
@@ -76,13 +77,14 @@ def _check_arch(arch):
 
 def _check_int(name, value, low, high):
     if type(value) is not int or not low <= value <= high:
-        raise TASError(f"{name} must be a whole number from {low} to {high}, not {str(value)[:40]}")
+        huge = type(value) is int and abs(value) > 10 ** 40  # too long to print
+        got = "a huge one" if huge else repr(value)[:40]
+        raise TASError(f"{name} must be a whole number from {low} to {high}, not {got}")
 
 
-def _check_list(name, value, lengths):
-    if not isinstance(value, (list, tuple)) or len(value) not in lengths:
-        got = f"a list of {len(value)}" if isinstance(value, (list, tuple)) else str(value)[:40]
-        raise TASError(f"{name} must be a list of {min(lengths)} to {max(lengths)}, not {got}")
+def _check_list(name, value, low, high):
+    if not isinstance(value, (list, tuple)) or not low <= len(value) <= high:
+        raise TASError(f"{name} must be a list of {low} to {high} items, not {str(value)[:40]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +92,7 @@ class Shape:
     """The size of one network. Every ResNet is built from one; `Space(arch).full` is the unpruned.
 
     stem: channels of the first conv. stages[s][b]: channels of the convs of block b of stage s, as
-    many blocks as are kept. Raises TASError that names the field when a value is no pruned size
-    of `arch`.
+    many blocks as are kept. TASError names the field that is no pruned size of `arch`.
     """
 
     arch: str
@@ -106,15 +107,14 @@ class Shape:
         _check_int("num_classes", self.num_classes, 2, 25_000)
         _check_int("image_size", self.image_size, 8, 1024)
         _check_int("stem", self.stem, 1, arch.widths[0])
-        _check_list("stages", self.stages, [len(arch.depths)])
+        _check_list("stages", self.stages, len(arch.depths), len(arch.depths))
         for s, blocks in enumerate(self.stages):
-            _check_list(f"stages[{s}]", blocks, range(1, arch.depths[s] + 1))
+            _check_list(f"stages[{s}]", blocks, 1, arch.depths[s])
             for b, widths in enumerate(blocks):
-                _check_list(f"stages[{s}][{b}]", widths, [len(arch.kernels)])
-                for i, (width, full) in enumerate(zip(widths, _full_widths(arch, s))):
+                _check_list(f"stages[{s}][{b}]", widths, len(arch.kernels), len(arch.kernels))
+                for i, (width, full) in enumerate(zip(widths, arch.block_widths(s))):
                     _check_int(f"stages[{s}][{b}][{i}]", width, 1, full)
-        plain = [[list(widths) for widths in blocks] for blocks in self.stages]
-        object.__setattr__(self, "stages", plain)
+        object.__setattr__(self, "stages", [[list(w) for w in blocks] for blocks in self.stages])
 
     def __hash__(self):
         return hash(str(self))
@@ -123,6 +123,11 @@ class Shape:
     def convs(self):
         """Channels of every conv in order: the stem, then those of each block."""
         return [self.stem, *itertools.chain(*itertools.chain(*self.stages))]
+
+    @property
+    def full(self):
+        """The unpruned Shape that this one comes from."""
+        return Space(self.arch, self.num_classes, self.image_size).full
 
     @classmethod
     def load(cls, path):
@@ -142,22 +147,12 @@ class Shape:
         write_file(path, json.dumps(dataclasses.asdict(self)).encode() + b"\n")
 
 
-def _full_widths(arch, stage):
-    """Channels of the convs of one unpruned block."""
-    width = arch.widths[stage]
-    return [width, width] if arch.kernels == BASIC else [width, width, 4 * width]
-
-
 def _candidate_widths(channels, round_to):
     """C*k//10 for k = 3..10; with round_to, the nearest multiples of it, and C itself."""
     widths = [channels * k // 10 for k in range(3, 11)]
     if round_to > 1:
         widths = [max(1, (w + round_to // 2) // round_to) * round_to for w in widths]
     return tuple(sorted({w for w in widths if w < channels} | {channels}))
-
-
-def _candidate_depths(blocks):
-    return tuple(sorted({*range(1, blocks + 1, 1 if blocks <= 3 else 2), blocks}))
 
 
 class Space:
@@ -172,13 +167,14 @@ class Space:
     def __init__(self, arch, num_classes=10, image_size=None, search="both", round_to=1):
         _check_arch(arch)
         spec = ARCHS[arch]
-        stages = [[_full_widths(spec, s)] * n for s, n in enumerate(spec.depths)]
-        size = image_size or (32 if spec.small else 224)
-        full = Shape(arch, num_classes, size, spec.widths[0], stages)
+        stages = [[spec.block_widths(s)] * n for s, n in enumerate(spec.depths)]
+        full = Shape(arch, num_classes, image_size or (32 if spec.small else 224), spec.widths[0],
+                     stages)
+        depths = [{*range(1, n + 1, 1 if n <= 3 else 2), n} for n in spec.depths]
         self._tabulate(
             full,
             [(c,) if search == "depth" else _candidate_widths(c, round_to) for c in full.convs],
-            [(n,) if search == "width" else _candidate_depths(n) for n in spec.depths])
+            [(max(d),) if search == "width" else tuple(sorted(d)) for d in depths])
 
     @classmethod
     def single(cls, shape):
@@ -188,38 +184,38 @@ class Space:
         return space
 
     def _tabulate(self, full, widths, depths):
-        """Tables of the cost function, float64 (exact for whole numbers up to 2^53)."""
+        """Tables of the cost function, float64: exact for whole numbers up to 2^53."""
         self.full, self.widths, self.depths = full, widths, depths
         self.K, self.D = max(map(len, widths)), max(map(len, depths))
-        arch, n = ARCHS[full.arch], len(ARCHS[full.arch].kernels)
         self.starts = list(itertools.accumulate(map(len, full.stages), initial=0))  # first blocks
-        size = full.image_size if arch.small else -(-full.image_size // 2)
+        arch, size = ARCHS[full.arch], full.image_size
+        self.n = len(arch.kernels)  # convs in a block
+        if not arch.small:
+            size = -(-size // 2)
         self.stem_cost = 3 * (9 if arch.small else 49) * size ** 2  # times the stem's channels
-        size = size if arch.small else -(-size // 2)  # max pooling
+        if not arch.small:
+            size = -(-size // 2)  # max pooling
         cost, project, free = [], [], []
         for stage, blocks in enumerate(full.stages):
             for block in range(len(blocks)):
                 stride = 2 if stage and not block else 1
                 after = -(-size // stride)
-                hw = [(size if arch.kernels[:i + 1] == (1,) else after) ** 2 for i in range(n)]
-                cost.append([k * k * area for k, area in zip(arch.kernels, hw)])
+                sizes = [size if arch.kernels[:i + 1] == (1,) else after for i in range(self.n)]
+                cost.append([(k * side) ** 2 for k, side in zip(arch.kernels, sizes)])
                 project.append(after ** 2)
-                free.append(stride == 1)  # no projection where widths agree
+                free.append(stride == 1)  # no projection where the widths agree
                 size = after
         values = sorted(set(itertools.chain(*widths)))
-        member = torch.zeros(len(widths), self.K, len(values))
-        for j, row in enumerate(widths):
-            member[j, range(len(row)), [values.index(c) for c in row]] = 1
-        # A row's missing candidates repeat its first width; their probability is 0.
-        self.table = torch.tensor([[*row, *row[:1] * (self.K - len(row))] for row in widths])
+        self.member = torch.zeros(len(widths), self.K, len(values), dtype=torch.float64)
+        for j, row in enumerate(widths):  # [convs, K, V] candidate k of conv j is width v
+            self.member[j, range(len(row)), [values.index(c) for c in row]] = 1
         self.values = torch.tensor(values).double()  # [V] every width that occurs
-        self.member = member.double()  # [convs, K, V] candidate k of conv j is width v
-        self.conv_cost = torch.tensor(cost).double().T  # [n, blocks]
-        self.project_cost = torch.tensor(project).double()  # [blocks]
+        self.conv_cost = torch.tensor(cost).double().T  # [n, blocks] times c_in c_out
+        self.project_cost = torch.tensor(project).double()  # [blocks] times c_in c_out
         self.free = torch.tensor(free).double()  # [blocks]
-        self.last = [torch.tensor(row) - 1 for row in depths]  # last block of each depth
-        self.reach = [torch.tensor([[float(b < d) for d in row] for b in range(len(blocks))])
-                      .double() for row, blocks in zip(depths, full.stages)]  # [blocks, D]
+        self.last = [torch.tensor(row) - 1 for row in depths]  # the last block of each depth
+        self.reach = [(torch.arange(len(blocks))[:, None] < torch.tensor(row)).double()
+                      for row, blocks in zip(depths, full.stages)]  # [blocks, D] block is kept
 
     def to(self, device):
         """Move the tables, once, so that the cost is computed where alpha and beta are."""
@@ -233,11 +229,9 @@ class Space:
     def shape(self, width_index, depth_index):
         """The Shape of one candidate per conv and per stage; indices are sequences of int."""
         widths = [row[int(i)] for row, i in zip(self.widths, width_index)]
-        n, stages = len(ARCHS[self.full.arch].kernels), []
-        for s, depths in enumerate(self.depths):
-            first = 1 + n * self.starts[s]
-            stages.append([widths[first + n * b:first + n * b + n]
-                           for b in range(depths[int(depth_index[s])])])
+        blocks = list(zip(*[iter(widths[1:])] * self.n))
+        stages = [blocks[start:start + depths[int(i)]]
+                  for start, depths, i in zip(self.starts, self.depths, depth_index)]
         return dataclasses.replace(self.full, stem=widths[0], stages=stages)
 
 
@@ -263,8 +257,7 @@ def expected_macs(space, p, q):
     p, q = p.double(), q.double()
     dist = torch.einsum("ck,ckv->cv", p, space.member)  # [convs, V] P(width of conv = v)
     mean = dist @ space.values  # [convs]
-    n = space.conv_cost.shape[0]
-    ends = dist[n::n]  # [blocks, V] output widths of blocks
+    ends = dist[space.n::space.n]  # [blocks, V] output widths of blocks
     enter, sources, keep = dist[0], [], []
     for s, (last, reach) in enumerate(zip(space.last, space.reach)):
         blocks, q_s = ends[space.starts[s]:space.starts[s + 1]], q[s, :len(last)]
@@ -273,11 +266,16 @@ def expected_macs(space, p, q):
         enter = q_s @ blocks.index_select(0, last)  # [V] the stage ends at a random block
     source, keep = torch.cat(sources), torch.cat(keep)  # [blocks, V] input widths, [blocks]
     same = space.free * (source * ends @ space.values ** 2)  # E[c_in c_out 1(c_in = c_out)]
-    widths = mean[1:].view(-1, n).T  # [n, blocks]
-    blocks = keep * _block_macs(space.conv_cost, space.project_cost,
-                                source @ space.values, widths, same)
+    blocks = keep * _block_macs(space.conv_cost, space.project_cost, source @ space.values,
+                                mean[1:].view(-1, space.n).T, same)
     head = enter @ space.values * space.full.num_classes
     return space.stem_cost * mean[0] + blocks.sum() + head
+
+
+def argmax_macs(space, p, q):
+    """MACs of the most probable network, a 0-d tensor on the device of p and q."""
+    return expected_macs(space, F.one_hot(p.argmax(-1), p.shape[1]),
+                         F.one_hot(q.argmax(-1), q.shape[1]))
 
 
 def count_macs(shape):
@@ -293,6 +291,13 @@ def count_params(shape):
         return sum(p.numel() for p in ResNet(shape).parameters())
 
 
+def summary(shape):
+    """MACs and parameters of a Shape in words."""
+    macs, full = count_macs(shape), count_macs(shape.full)
+    return f"{macs / 1e6:.2f}M MACs ({macs / full:.1%} of the unpruned), " \
+           f"{count_params(shape) / 1e6:.3f}M parameters"
+
+
 # ------------------------------------------------------------------------------------------------
 # Networks
 # ------------------------------------------------------------------------------------------------
@@ -301,15 +306,15 @@ def _conv(c_in, c_out, kernel, stride=1):
     return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
 
 
-def _shortcut_pool(arch, stride):
-    """CIFAR shortcuts halve the image by averaging, ImageNet's by the stride of their 1x1 conv."""
-    return nn.AvgPool2d(2, ceil_mode=True) if arch.small and stride == 2 else nn.Identity()
-
-
 def _init_convs(net):
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _shortcut_pool(arch, stride):
+    """CIFAR shortcuts halve the image by averaging, ImageNet's by the stride of their 1x1 conv."""
+    return nn.AvgPool2d(2, ceil_mode=True) if arch.small and stride == 2 else nn.Identity()
 
 
 class Block(nn.Module):
@@ -333,9 +338,7 @@ class Block(nn.Module):
     def forward(self, x):
         y = x
         for i in range(1, self.n + 1):
-            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
-            if i < self.n:
-                y = F.relu(y)
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y if i == 1 else F.relu(y)))
         return F.relu(y + self.downsample(self.pool(x)))
 
 
@@ -347,12 +350,11 @@ class ResNet(nn.Module):
 
     def __init__(self, shape):
         super().__init__()
-        arch = ARCHS[shape.arch]
+        arch, c = ARCHS[shape.arch], shape.stem
         self.shape = shape
-        self.conv1 = _conv(3, shape.stem, 3) if arch.small else _conv(3, shape.stem, 7, 2)
-        self.bn1 = nn.BatchNorm2d(shape.stem)
+        self.conv1 = _conv(3, c, *((3, 1) if arch.small else (7, 2)))
+        self.bn1 = nn.BatchNorm2d(c)
         self.maxpool = nn.Identity() if arch.small else nn.MaxPool2d(3, 2, 1)
-        self.layers, c = [], shape.stem
         for s, blocks in enumerate(shape.stages):
             layer = nn.Sequential()
             for b, widths in enumerate(blocks):
@@ -500,10 +502,12 @@ class SuperResNet(nn.Module):
         super().__init__()
         arch, align = ARCHS[space.full.arch], cwi_matrix if align == "cwi" else pad_matrix
         self.space, self.align = space, align
-        self.stem = MixedConv(3, space.widths[0], *((3, 1) if arch.small else (7, 2)), align)
+        self.stages, c, n = nn.ModuleList(), space.full.stem, space.n
+        # Candidates that a row lacks repeat its first width; their weight is 0.
+        first, *rows = [row + row[:1] * (space.K - len(row)) for row in space.widths]
+        rows = iter(rows)
+        self.stem = MixedConv(3, first, *((3, 1) if arch.small else (7, 2)), align)
         self.maxpool = nn.Identity() if arch.small else nn.MaxPool2d(3, 2, 1)
-        self.stages, c, n = nn.ModuleList(), max(space.widths[0]), len(arch.kernels)
-        rows = iter(space.widths[1:])
         for s, blocks in enumerate(space.full.stages):
             self.stages.append(nn.ModuleList())
             for b in range(len(blocks)):
@@ -569,22 +573,18 @@ def cost_loss(expected, actual, target, tolerance=0.05):
     return (over.to(expected) - under.to(expected)) * expected.log()
 
 
-def argmax_macs(space, p, q):
-    """MACs of the most probable network, a 0-d tensor on the device of p and q."""
-    return expected_macs(space, F.one_hot(p.argmax(-1), p.shape[1]),
-                         F.one_hot(q.argmax(-1), q.shape[1]))
-
-
 def extract(space, alpha, beta, target, tolerance=0.05):
     """The pruned network's Shape: the argmax one if its MACs lie in target (1 -+ tolerance), else
     the most probable one in that band.
 
-    alpha [convs, K], beta [stages, D]: logits; target: MACs. A Shape's probability is that of its
-    depths and of the widths of its blocks. No Shape in target (1 -+ tolerance/2) is more probable
-    than the result. Raises TASError with the smallest and largest possible MACs when no Shape is in
-    the band.
+    alpha [convs, K], beta [stages, D]: logits; target: MACs. A Shape's log-probability is the sum
+    over all convs and stages, where the convs of dropped blocks have their most probable widths
+    (so the argmax one is the most probable of all). No Shape in target (1 -+ tolerance/2) is more
+    probable than the result. Raises TASError with the smallest and largest possible MACs when no
+    Shape is in the band.
     """
     log_p, log_q = _log_probabilities(space, alpha, beta)
+    log_p = [row - row.max() for row in log_p]  # convs of dropped blocks then count 0
     shape = space.shape([row.argmax() for row in log_p], [row.argmax() for row in log_q])
     if abs(count_macs(shape) - target) <= tolerance * target:
         return shape
@@ -645,7 +645,7 @@ def _layers(space, log_p):
     """MACs and log-probability of every choice of the chain stem, blocks, head: tensors
     [A, M, O] over input widths, combinations of inner widths, and output widths."""
     space.to(torch.device("cpu"))
-    n, widths = len(space.conv_cost), [torch.tensor(row).double() for row in space.widths]
+    n, widths = space.n, [torch.tensor(row).double() for row in space.widths]
     macs, scores = [space.stem_cost * widths[0][None, None]], [log_p[0][None, None]]
     for b in range(len(space.free)):
         convs = range(n * b, n * b + n + 1)  # the previous block's last conv, then this block's
@@ -700,7 +700,7 @@ class _Program:
     def shape(self, cell):
         """The Shape found by going back from `final[cell]`."""
         width_index, depth_index = [0] * len(self.space.widths), [0] * len(self.space.depths)
-        i, o, n = len(self.cells) - 1, 0, len(self.space.conv_cost)
+        i, o, n = len(self.cells) - 1, 0, self.space.n
         while True:
             left = cell - self.cells[i][:, :, o]  # [A, M]
             value = self.before[i].gather(1, left.clamp(min=0)) + self.scores[i][:, :, o]
@@ -1614,24 +1614,12 @@ def load_teacher(path, shape):
     return net, zlib.crc32(flat.numpy().tobytes())
 
 
-def full_shape(shape):
-    """The unpruned Shape that `shape` comes from."""
-    return Space(shape.arch, shape.num_classes, shape.image_size).full
-
-
-def summary(shape):
-    """MACs and parameters of a Shape in words."""
-    return (f"{count_macs(shape) / 1e6:.2f}M MACs "
-            f"({count_macs(shape) / count_macs(full_shape(shape)):.1%} of the unpruned), "
-            f"{count_params(shape) / 1e6:.3f}M parameters")
-
-
 def finish(run, shape, metrics, **result):
     """Write shape.json and the result of a run."""
     if run.main:
         shape.save(run.path / "shape.json")
     run.update(result={**result, "macs": count_macs(shape), "params": count_params(shape),
-                       "full_macs": count_macs(full_shape(shape)),
+                       "full_macs": count_macs(shape.full),
                        "seconds": round(sum(line["seconds"] for line in metrics), 1)})
 
 
@@ -1743,8 +1731,11 @@ def command_eval(args):
     if len(data.classes) != net.shape.num_classes:
         raise TASError(f"{args.dir} has {net.shape.num_classes} classes, the data "
                        f"{len(data.classes)}; give the --data that it was trained on")
-    net.to(context.device, memory_format=torch.channels_last)
-    accuracy = evaluate(net, data.test, args, context, "fp32")
+    shape, info = net.shape, Path(args.dir) / "run.json"
+    precision = read_json(info).get("precision") if args.precision == "auto" and info.exists() \
+        else args.precision  # as in the last epoch of the run
+    _channels_last(pad_channels(net), context.device)
+    accuracy = evaluate(net, data.test, args, context, precision)
     print(f"{args.dir}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images, "
           f"{summary(net.shape)}\nnext: python tas.py export {args.dir}")
 
@@ -1754,7 +1745,7 @@ def command_export(args):
     net, out = load(args.dir), Path(args.dir)
     size = net.shape.image_size
     programs = []
-    for model in (ResNet(full_shape(net.shape)).eval(), net):
+    for model in (ResNet(net.shape.full).eval(), net):
         batch = torch.export.Dim("batch", min=1)
         program = torch.export.export(model, (torch.zeros(2, 3, size, size),),
                                       dynamic_shapes=({0: batch},))
@@ -1788,7 +1779,7 @@ def command_describe(args):
     else:
         raise TASError(f"{args.network} is neither an arch{nearest(args.network, ARCHS)} nor a "
                        "shape file")
-    full, total = full_shape(shape), count_macs(shape)
+    full, total = shape.full, count_macs(shape)
     print(f"{'layer':<20}{'width':>6}{'of':>6}{'MACs':>15}{'share':>8}")
 
     def row(name, width, of, macs):
@@ -1917,7 +1908,7 @@ def _report_rows(runs):
             kind += "".join(f", {k} {search[k]}" for k, usual in (
                 ("search", "both"), ("num_samples", 2), ("sampler", "gumbel"), ("align", "cwi"),
                 ("round", 1)) if kind == "tas" and search[k] != usual)
-            if shape == full_shape(shape):
+            if shape == shape.full:
                 kind = "unpruned"
             key = (shape.arch, info["settings"]["data"], info["settings"]["images"], kind,
                    info["settings"]["transfer"], info["settings"]["epochs"], search.get("epochs"),
@@ -1982,7 +1973,7 @@ def _draw_report(directory, path):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     settings, shape = read_json(directory / "run.json")["settings"], Shape.load(
         directory / "shape.json")
-    full, epoch = full_shape(shape), [line["epoch"] for line in lines]
+    full, epoch = shape.full, [line["epoch"] for line in lines]
     total = count_macs(full)
     figure, axes = plt.subplot_mosaic([["macs", "tau", "gap", "accuracy"], ["widths"] * 4],
                                       figsize=(13, 6.4), layout="constrained")
@@ -2001,6 +1992,7 @@ def _draw_report(directory, path):
             axes[panel].plot(epoch, [scale * line[key] for line in lines], color=colour,
                              marker=mark if len(epoch) < 40 else "", label=label)
         axes[panel].set(xlabel="epoch", ylabel=unit)
+        axes[panel].xaxis.get_major_locator().set_params(integer=True)
         axes[panel].legend(frameon=False)
     n, found, at = len(ARCHS[shape.arch].kernels), [shape.stem], 1
     for blocks, widest in zip(shape.stages, full.stages):
@@ -2016,6 +2008,7 @@ def _draw_report(directory, path):
         at += n * len(blocks)
     axis.set(xlabel="conv, in order (dotted: stages begin)", ylabel="channels",
              xlim=(-0.6, len(found) - 0.4))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False, loc="upper left")
     figure.suptitle(f"{shape.arch}: {settings['target'] / total:.0%} of the MACs asked, "
                     f"{count_macs(shape) / total:.1%} found, seed {settings['seed']}")
