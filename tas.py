@@ -1158,12 +1158,14 @@ class Context(NamedTuple):
     rank: int = 0
     world: int = 1
 
+    @torch.no_grad()
     def average(self, tensors):
         """Average tensors over all processes, in place: gradients or running statistics."""
         if self.world > 1:
-            flat = nn.utils.parameters_to_vector(tensors)
+            flat = torch.cat([t.reshape(-1) for t in tensors])
             torch.distributed.all_reduce(flat)
-            nn.utils.vector_to_parameters(flat / self.world, tensors)
+            for t, mean in zip(tensors, flat.div_(self.world).split([t.numel() for t in tensors])):
+                t.copy_(mean.view(t.shape))
 
     def average_statistics(self, net):
         """Make every process evaluate the same network."""

@@ -6,7 +6,11 @@ import functools
 import itertools
 import json
 import math
+import os
+import pickle
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -1354,3 +1358,245 @@ def test_padded_networks_compute_and_train_the_same(arch):
     assert close(back(x), net(x))
     for name, tensor in back.state_dict().items():
         torch.testing.assert_close(tensor, net.state_dict()[name], rtol=1e-7, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------
+# Commands
+# ------------------------------------------------------------------------------------------------
+
+def write_images(root, classes=("a", "b", "c"), train=24, test=6, size=8):
+    """An ImageFolder of random PNG images, balanced over the classes."""
+    from PIL import Image
+    rng = random.Random(0)
+    for split, count in (("train", train), ("test", test)):
+        for i in range(count):
+            folder = root / split / classes[i % len(classes)]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = bytes(rng.randrange(256) for _ in range(3 * size * size))
+            Image.frombytes("RGB", (size, size), pixels).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = write_images(tmp_path_factory.mktemp("images"))
+    return ["--data", "folder", "--data-dir", str(root), "--image-size", "8", "--batch-size", "4",
+            "--workers", "0", "--precision", "fp32", "--lr", "0.01"]
+
+
+def run_lines(path):
+    """metrics.jsonl without times."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+KILLER = """
+import os, sys, tas, torch
+torch.set_num_threads(1)  # as in this process: sums depend on the number of threads
+saved, whole, at = [0], tas.save_tensors, int(sys.argv[1])
+def save(path, state):
+    saved[0] += str(path).endswith("last.ckpt")
+    if saved[0] == at:
+        open(str(path) + ".tmp", "wb").write(b"half a checkpoint")
+        os.kill(os.getpid(), 9)
+    whole(path, state)
+tas.save_tensors = save
+sys.exit(tas.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["train", "search"])
+def test_killed_runs_resume_to_the_same_bits(command, place, tmp_path):
+    """Killed in the middle of writing a checkpoint, twice, against an uninterrupted run."""
+    flags = [command, "--arch", "resnet20", *place, "--epochs", "3", "--quiet", "--out"]
+    assert tas.main([*flags, str(tmp_path / "whole")]) == 0
+    for at in ("2", "2"):
+        killed = subprocess.run([sys.executable, "-c", KILLER, at, *flags, str(tmp_path / "cut")],
+                                cwd=Path(tas.__file__).parent, timeout=300)
+        assert killed.returncode == -9
+    assert tas.main([*flags, str(tmp_path / "cut")]) == 0
+    assert run_lines(tmp_path / "cut") == run_lines(tmp_path / "whole")
+    whole, cut = (tas.load_tensors(tmp_path / d / "last.ckpt")["parts"]["net"]
+                  for d in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    assert (tmp_path / "cut/shape.json").read_bytes() == (tmp_path / "whole/shape.json").read_bytes()
+
+
+def test_prune_and_what_users_do_next(place, tmp_path, capsys):
+    """All three parts; a second run repeats none; eval, export, describe and report read them."""
+    out = tmp_path / "run"
+    flags = ["prune", "--arch", "resnet20", *place, "--epochs", "1", "--out", str(out)]
+    assert tas.main(flags) == 0
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert tas.main(flags) == 0
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    shape, full = tas.Shape.load(out / "search/shape.json"), tas.Space("resnet20", 3, 8).full
+    assert abs(tas.count_macs(shape) / tas.count_macs(full) - 0.5) <= 0.025
+    net = tas.load(out / "pruned")
+    weights = torch.load(out / "pruned/weights.pt", weights_only=True)
+    tas.ResNet(shape).load_state_dict(weights)
+    capsys.readouterr()
+    assert tas.main(["eval", str(out / "pruned"), *place[:4], "--workers", "0"]) == 0
+    accuracy = tas.read_json(out / "pruned/run.json")["result"]["accuracy"]
+    assert f"accuracy {accuracy:.2f}%" in capsys.readouterr().out
+    assert tas.main(["export", str(out / "pruned")]) == 0
+    program = torch.export.load(out / "pruned/network.pt2").module()
+    for n in (1, 5):
+        x = torch.randn(n, 3, 8, 8)
+        torch.testing.assert_close(program(x), net(x))
+    capsys.readouterr()
+    assert tas.main(["describe", str(out / "pruned")]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-2]]
+    assert sum(int(row[3].replace(",", "")) for row in rows) == tas.count_macs(shape)
+    assert tas.main(["report", str(out)]) == 0
+    assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert f"{accuracy:.2f}" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize("changes, words", [
+    (["--arch", "resnet57"], "resnet56"), (["--data", "cifar"], "cifar10"),
+    (["--epochs", "-1"], "--epochs"), (["--flops", "0"], "--flops 0"),
+    (["--flops", "1.5"], "--flops 1.5"), (["--flops", "abc"], "--flops abc"),
+    (["--flops", "nan"], "--flops nan"), (["--num-samples", "9"], "--num-samples"),
+    (["--batch-size", "100"], "--batch-size 100"), (["--data-dir", "nowhere"], "nowhere"),
+    (["--device", "abacus"], "--device abacus"), (["--flops", "0.001"], "possible are")])
+def test_bad_flags_are_one_line(changes, words, place, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["search", "--arch", "resnet20", *place, "--epochs", "1", "--method", "random", "--out",
+             str(out), *changes]
+    assert tas.main(flags) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0]
+    assert not (out / "shape.json").exists()
+
+
+def test_bad_images_are_one_line(tmp_path, capsys):
+    def fails(root, words):
+        assert tas.main(["train", "--arch", "resnet20", "--data", "folder", "--data-dir", str(root),
+                         "--image-size", "8", "--batch-size", "4", "--workers", "0", "--out",
+                         str(tmp_path / "out")]) == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert len(errors) == 1 and words in errors[0]
+        assert not (tmp_path / "out").exists()
+
+    broken = write_images(tmp_path / "broken")
+    image = broken / "train/a/0.png"
+    image.write_bytes(image.read_bytes()[:60])
+    fails(broken, str(image))
+    fails(write_images(tmp_path / "one", classes=("a",)), "one class")
+    odd = write_images(tmp_path / "odd")
+    (odd / "test/b").rename(odd / "test/z")
+    fails(odd, "same class folders")
+    empty = write_images(tmp_path / "empty")
+    for path in (empty / "train/b").iterdir():
+        path.unlink()
+    fails(empty, "b")
+
+
+def test_other_settings_and_damaged_checkpoints_are_refused(place, tmp_path, capsys):
+    flags = ["train", "--arch", "resnet20", *place, "--epochs", "1", "--quiet", "--out",
+             str(tmp_path / "out")]
+    assert tas.main(flags) == 0
+    assert tas.main([*flags, "--workers", "1", "--device", "cpu"]) == 0
+    files = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    for changes, words in ((["--epochs", "2"], "epochs was 1, now 2"), (["--seed", "1"], "seed was")):
+        capsys.readouterr()
+        assert tas.main([*flags, *changes]) == 2
+        assert words in capsys.readouterr().err
+    assert files == {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    info = json.loads((tmp_path / "out/run.json").read_text())
+    del info["result"]
+    (tmp_path / "out/run.json").write_text(json.dumps(info))
+
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    whole = (tmp_path / "out/last.ckpt").read_bytes()
+    for content in (whole[:1000], b"", pickle.dumps(Trap())):
+        (tmp_path / "out/last.ckpt").write_bytes(content)
+        capsys.readouterr()
+        assert tas.main(flags) == 2
+        assert "last.ckpt is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(place, tmp_path, capsys):
+    flags = ["train", "--arch", "resnet20", *place, "--epochs", "2", "--out", str(tmp_path / "out")]
+    assert tas.main([*flags, "--lr", "1e9"]) == 2
+    error = capsys.readouterr().err
+    assert "not finite in epoch 1, step" in error and "--lr 1e+09" in error
+
+
+def search_step(compile_flag, space):
+    args = tas.build_parser().parse_args(["bench", "--compile", compile_flag])
+    net = tas.SuperResNet(space)
+    context = tas.Context(torch.device("cpu"))
+    step = tas.SearchStep(net, args, context, "fp32", tas.count_macs(space.full) / 2)
+    return step, tas.Meter(context)
+
+
+def test_search_step_never_waits_for_the_device(monkeypatch):
+    """No value of a tensor is read in a whole search step."""
+    step, meter = search_step("off", tas.Space("resnet20", 10, 8))
+    batch = torch.randn(4, 3, 8, 8), torch.arange(4)
+
+    def trip(*_, **__):
+        raise AssertionError("a tensor was read")
+
+    for name in ("item", "cpu", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__",
+                 "__repr__"):
+        monkeypatch.setattr(torch.Tensor, name, trip)
+    with pytest.raises(AssertionError):
+        torch.ones(()).item()
+    for _ in range(2):
+        step(batch, batch, meter, meter)
+
+
+def test_steps_get_the_gradients_that_they_need_only():
+    step, meter = search_step("off", tas.Space("resnet20", 10, 8))
+    batch, asked = (torch.randn(4, 3, 8, 8), torch.arange(4)), []
+    original = step.step
+
+    def spy(loss, params, optimizer):
+        others = [p for p in step.weights + step.sizes if all(p is not q for q in params)]
+        asked.append(([p.requires_grad for p in params], [p.requires_grad for p in others]))
+        original(loss, params, optimizer)
+
+    step.step = spy
+    step(batch, batch, meter, meter)
+    assert len(asked) == 2
+    assert all(all(mine) and not any(others) for mine, others in asked)
+
+
+def test_search_step_is_one_graph_each_without_recompilation(monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile_(f, backend=counter, **how))
+    step, meter = search_step("on", tas.Space("resnet20", 10, 8))
+    batch = torch.randn(4, 3, 8, 8), torch.arange(4)
+    for i in range(20):
+        step.tau.fill_(10 - i * 0.5)
+        step.optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
+        step(batch, batch, meter, meter)
+    assert counter.frame_count == 2  # the loss of the weights and that of the sizes
+
+
+def test_two_processes_search_together(place, tmp_path):
+    """Both halves of every batch are seen, one directory is written, and it can be read."""
+    out = tmp_path / "two"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           tas.__file__, "search", "--arch", "resnet20", *place, "--epochs", "1",
+                           "--out", str(out)], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("next: ") == 1
+    assert tas.Shape.load(out / "shape.json").arch == "resnet20"
+
+
+def test_importing_loads_neither_plots_nor_data_sets():
+    code = "import sys, tas; print(sorted({'matplotlib', 'torchvision'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=Path(tas.__file__).parent, timeout=300)
+    assert done.stdout == "[]\n", done.stderr
