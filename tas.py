@@ -1,4 +1,14 @@
-"""Network Pruning via Transformable Architecture Search (TAS), in one file.
+"""Network Pruning via Transformable Architecture Search (Dong and Yang, NeurIPS 2019), in one file.
+
+    python tas.py train  --data cifar10 --arch resnet56                # the teacher, 300 epochs
+    python tas.py search --data cifar10 --arch resnet56 --flops 0.47   # shape.json, 600 epochs
+    python tas.py train  --data cifar10 --shape SHAPE --teacher DIR    # distil, 300 epochs
+    python tas.py prune  --data cifar10 --arch resnet56 --flops 0.47   # all three, resumable
+
+The pruned network meets the asked number of MACs within 5%, whatever the search found.
+Search space: Space. Transformable network: SuperResNet. Channel-wise interpolation: cwi_matrix.
+Gumbel-Softmax over sizes: sample_sizes. Expected cost: expected_macs. Cost loss: cost_loss.
+Pruned size: extract. Knowledge distillation: kd_loss.
 """
 from __future__ import annotations
 
