@@ -29,6 +29,7 @@ import signal
 import statistics
 import sys
 import time
+import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -284,8 +285,9 @@ def expected_macs(space, p, q):
 
 def argmax_macs(space, p, q):
     """MACs of the most probable network, a 0-d tensor on the device of p and q."""
-    return expected_macs(space, F.one_hot(p.argmax(-1), p.shape[1]),
-                         F.one_hot(q.argmax(-1), q.shape[1]))
+    def one_hot(t):  # F.one_hot would read its largest index, a host sync
+        return torch.arange(t.shape[1], device=t.device) == t.argmax(-1, keepdim=True)
+    return expected_macs(space, one_hot(p), one_hot(q))
 
 
 def count_macs(shape):
@@ -885,6 +887,7 @@ class LargeImages:
         if train not in self.loaders:  # a new dict, so that a copy of this split has its own
             self.loaders = self.loaders | {train: torch.utils.data.DataLoader(
                 _Decoded(self.folder, self.size, train), batch_sampler=[], num_workers=self.workers,
+                generator=torch.Generator(),  # leaves the global random state to the items' seeds
                 pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0)}
         loader = self.loaders[train]
         loader.batch_sampler[:] = [items[i:i + batch_size][rank::world]
@@ -1060,7 +1063,9 @@ def save_tensors(path, state):
 def load_tensors(path):
     """A dict saved by save_tensors, on the CPU; nothing in the file is executed."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare checksums
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise TASError(f"{path} does not exist") from None
     except Exception:  # torch.load raises many kinds
@@ -1117,7 +1122,8 @@ class Run:
     def result(self):
         """What a finished run found, else None."""
         result = self.info.get("result")
-        if result is not None and not isinstance(result, dict):
+        if result is not None and not (isinstance(result, dict) and type(
+                result.get("accuracy", 0.0)) is float and "macs" in result):
             raise TASError(f"{self.path / 'run.json'} is damaged; choose another --out")
         return result
 
@@ -1530,7 +1536,7 @@ def setup(args):
     try:
         device = torch.device(args.device if args.device != "auto" else
                               "cuda" if torch.cuda.is_available() else "cpu")
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise TASError(f"--device {args.device}: {str(error).splitlines()[0][:100]}; use cpu "
                        "or leave it out") from None
@@ -1633,6 +1639,8 @@ def finish(run, shape, metrics, **result):
     run.update(result={**result, "macs": count_macs(shape), "params": count_params(shape),
                        "full_macs": count_macs(shape.full),
                        "seconds": round(sum(line["seconds"] for line in metrics), 1)})
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the next step of `prune` reads these files
 
 
 def place(args):
@@ -1648,6 +1656,8 @@ def command_train(args):
         if args.arch not in (None, shape.arch):
             raise TASError(f"{args.shape} is a shape of {shape.arch}, not of {args.arch}")
         args.arch, args.image_size = shape.arch, args.image_size or shape.image_size
+    if args.arch is None:
+        raise TASError("train needs --arch, such as resnet56, or --shape with a shape.json")
     args.transfer = args.transfer or ("kd" if args.teacher else "none")
     if args.transfer != "none" and not args.teacher:
         raise TASError(f"--transfer {args.transfer} needs --teacher DIR, a trained {args.arch}")
@@ -1676,7 +1686,7 @@ def command_train(args):
         source = Path(args.shape or "none").parent / "run.json"
         teacher_run = Path(args.teacher or "none") / "run.json"
         finish(run, shape, metrics, accuracy=metrics[-1]["test_accuracy"],
-               teacher_accuracy=(read_json(teacher_run)["result"]["accuracy"]
+               teacher_accuracy=((read_json(teacher_run).get("result") or {}).get("accuracy")
                                  if teacher_run.exists() else None),
                search=read_json(source)["settings"] if source.exists() else None)
     if run.main:
@@ -1852,7 +1862,7 @@ def command_bench(args):
                     _peak_memory, (args.arch, args.batch_size, size, rows[-1]["precision"], search))
         print(f"peak memory of the search / of training ({rows[-1]['precision']}): "
               f"{memory['search']:.0f} / {memory['training']:.0f} MB = "
-              f"{memory['search'] / memory['training']:.2f}")
+              f"{memory['search'] / max(memory['training'], 1e-3):.2f}")
     macs = {name: round(count_macs(s) / count_macs(space.full), 4) for name, s in shapes.items()}
     print("MACs: " + ", ".join(f"{name} {ratio:.1%}" for name, ratio in macs.items()))
     if args.json:
