@@ -758,7 +758,7 @@ def _shape_in_band(space, log_p, log_q, target, tolerance, rule):
                     return end.shape(0)
     raise TASError(f"no shape has {target:,.0f} MACs within {tolerance:.1%}; possible are {low:,} "
                    f"to {high:,} ({low / count_macs(space.full):.3f} to "
-                   f"{high / count_macs(space.full):.3f} of the unpruned network)")
+                   f"{high / count_macs(space.full):.3f} of the unpruned network); choose another --flops")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1705,6 +1705,10 @@ def command_search(args):
     if args.arch_lr is None:
         steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
         args.arch_lr = min(0.05, max(1e-3, 59 / max(1, steps)))
+    extract(space, torch.zeros(len(space.widths), space.K), torch.zeros(len(space.depths), space.D),
+            target, args.tolerance)  # a target out of reach ends here, before anything is written
+    if args.method == "uniform":
+        shape = scale_shape(space, target, args.tolerance, args.round)
     names = ["search", "method", "num_samples", "sampler", "align", "round", "tolerance", "arch_lr"]
     run = Run(args.out or f"runs/{args.data}-{args.arch}/search", run_settings(
         args, data, arch=args.arch, target=target, **{k: getattr(args, k) for k in names}),
@@ -1717,8 +1721,6 @@ def command_search(args):
             last = metrics[-1]
         elif args.method == "random":
             shape = draw_shape(space, target, args.tolerance)
-        else:
-            shape = scale_shape(space, target, args.tolerance, args.round)
         finish(run, shape, metrics, **{k: last[k] for k in (
             "val_accuracy", "width_discrepancy", "depth_discrepancy") if k in last})
     if run.main:
@@ -1971,19 +1973,26 @@ def command_report(args):
             "paper (as transcribed)"]
     try:
         rows = [head, ["---"] * len(head), *_report_rows([info for _, info in runs])]
+        machines = sorted({info["machine"] for _, info in runs})
+        searches = [p for p, info in runs if info["settings"].get("method") == "tas"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise TASError(f"a run.json below {', '.join(args.dirs)} lacks {error}") from None
+        raise TASError(f"a run.json below {', '.join(args.dirs)} is damaged ({error}); remove that "
+                       "run") from None
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     out = Path(args.out or args.dirs[0])
-    machines = sorted({info["machine"] for _, info in runs})
     write_file(out / "report.md", (
         f"{table}\nAccuracy is that of the last epoch on the test images, mean ± standard deviation "
         f"over the seeds. Machine: {'; '.join(machines)}.\n").encode())
     print(table, end="")
-    searches = [p for p, info in runs if info["settings"].get("method") == "tas"]
     print(f"{out / 'report.md'}" + (f", {out / 'report.png'}" if searches else ""))
     if searches:
-        _draw_report(searches[0], out / "report.png")
+        try:
+            _draw_report(searches[0], out / "report.png")
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, TASError):
+                raise
+            raise TASError(f"{searches[0]} has damaged metrics.jsonl or run.json ({error}); remove "
+                           "that run") from None
     print("next: python tas.py describe DIR/shape.json")
 
 

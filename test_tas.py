@@ -1,23 +1,35 @@
 """Properties of tas.py. The slow, plain version that a result is compared with stands in the test.
 """
+import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import itertools
 import json
 import math
 import os
-import pickle
 import random
+import re
+import shutil
+import signal
+import statistics
 import subprocess
 import sys
+import time
+import urllib.error
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
+from PIL import Image
+from torch._dynamo.testing import CompileCounter
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tas
@@ -1364,239 +1376,1313 @@ def test_padded_networks_compute_and_train_the_same(arch):
 # Commands
 # ------------------------------------------------------------------------------------------------
 
-def write_images(root, classes=("a", "b", "c"), train=24, test=6, size=8):
-    """An ImageFolder of random PNG images, balanced over the classes."""
-    from PIL import Image
-    rng = random.Random(0)
-    for split, count in (("train", train), ("test", test)):
-        for i in range(count):
-            folder = root / split / classes[i % len(classes)]
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = bytes(rng.randrange(256) for _ in range(3 * size * size))
-            Image.frombytes("RGB", (size, size), pixels).save(folder / f"{i}.png")
+TAS = Path(tas.__file__).resolve()
+LIMIT = 240  # seconds; only against hangs
+CHEAP = "--data folder --image-size 8 --batch-size 6 --workers 0 --precision fp32"
+os.environ["OMP_NUM_THREADS"] = "1"  # in other processes as in this one
+RESULTS = ("run.json", "metrics.jsonl", "last.ckpt", "shape.json", "weights.pt")
+
+
+# ------------------------------------------------------------------------------------------------
+# Small worlds
+# ------------------------------------------------------------------------------------------------
+
+def run(line, **places):
+    """Run a command in this process."""
+    return tas.main(line.format(**places).split())
+
+
+def start(line, *python, **places):
+    """Start a command as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, *(python or [str(TAS)]), *line.format(**places).split()], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=TAS.parent)
+
+
+def finish(process):
+    """Exit status, output and error output of a process."""
+    try:
+        out, err = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def write_images(root, classes="ab", train=12, val=4, size=8, mode="RGB", seed=0):
+    """An ImageFolder of noise; the classes differ in brightness."""
+    rng = np.random.default_rng(seed)
+    for part, count in (("train", train), ("val", val)):
+        for c, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(40 * c, 176 + 40 * c, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
     return root
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    root = write_images(tmp_path_factory.mktemp("images"))
-    return ["--data", "folder", "--data-dir", str(root), "--image-size", "8", "--batch-size", "4",
-            "--workers", "0", "--precision", "fp32", "--lr", "0.01"]
+def tree(root):
+    """Content of every file below a directory."""
+    return {p: p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def run_lines(path):
-    """metrics.jsonl without times."""
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+def times(root):
+    return {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+
+
+def metrics(directory):
+    """Lines of metrics.jsonl, without the only entry that may differ between runs."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
-KILLER = """
-import os, sys, tas, torch
-torch.set_num_threads(1)  # as in this process: sums depend on the number of threads
-saved, whole, at = [0], tas.save_tensors, int(sys.argv[1])
-def save(path, state):
-    saved[0] += str(path).endswith("last.ckpt")
-    if saved[0] == at:
-        open(str(path) + ".tmp", "wb").write(b"half a checkpoint")
-        os.kill(os.getpid(), 9)
-    whole(path, state)
-tas.save_tensors = save
-sys.exit(tas.main(sys.argv[2:]))
+def equal(a, b):
+    """Whether two nested states are the same to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def check_same_run(a, b):
+    """The same result to the last bit, and the same state to go on from."""
+    assert metrics(a) == metrics(b)
+    assert (a / "shape.json").read_bytes() == (b / "shape.json").read_bytes()
+    names = [p / "weights.pt" for p in (a, b) if (p / "weights.pt").exists()]
+    assert len(names) == 2 * ("train_accuracy" in metrics(a)[0] and "tau" not in metrics(a)[0])
+    assert not names or equal(*map(tas.load_tensors, names))
+    assert equal(*[tas.load_tensors(p / "last.ckpt")["parts"] for p in (a, b)])
+    results = [tas.read_json(p / "run.json")["result"] for p in (a, b)]
+    for result in results:
+        del result["seconds"]
+        if result.get("search"):
+            assert result["search"].pop("seed") == 0
+    assert results[0] == results[1]
+
+
+def stop_while_writing(patch, nth, name="last.ckpt"):
+    """Interrupt in the middle of writing the nth file of that name."""
+    plain, count = tas.write_file, itertools.count(1)
+
+    def write(path, content):
+        if Path(path).name == name and next(count) == nth:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(f"{path}.tmp").write_bytes(bytes(content)[:100])
+            raise KeyboardInterrupt
+        plain(path, content)
+
+    patch.setattr(tas, "write_file", write)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A directory with `data`, `runs` made by prune, and `half`, an interrupted training."""
+    root = tmp_path_factory.mktemp("world")
+    write_images(root / "data")
+    assert run(f"prune {CHEAP} {{d}} --arch resnet20 --epochs 3 --out {{r}}/runs",
+               d=f"--data-dir {root}/data", r=root) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_while_writing(patch, 2)
+        assert run(TRAIN + " --out {root}/half", root=root) == 130
+    return root
+
+
+TRAIN = f"train {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 2"
+SEARCH = f"search {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 1"
+PRUNE = f"prune {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 3"
+
+
+def one_line(capture):
+    """The only line on stderr."""
+    err = capture.readouterr().err
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return err
+
+
+def check_refused(capture, root, line, *words, **places):
+    """Exit status 2, one line that names the thing, and no file changed or made."""
+    before = tree(root)
+    capture.readouterr()
+    assert run(line, root=root, **places) == 2
+    err = one_line(capture)
+    for word in words:
+        assert word.format(root=root, **places) in err
+    after = tree(root)
+    shutil.rmtree(root / "new", ignore_errors=True)  # for the other tests
+    assert after == before
+
+
+# ------------------------------------------------------------------------------------------------
+# Interruptions
+# ------------------------------------------------------------------------------------------------
+
+def check_parts(base, expected):
+    for part in ("teacher", "search", "pruned"):
+        check_same_run(base / part, expected / part)
+
+
+def stop_at_line(line, marks, delay, how, **places):
+    """Start a command, send a signal a moment after the output has a line with each mark."""
+    process = start(line, **places)
+    for mark in marks:
+        for text in process.stdout:
+            if mark in text:
+                break
+    time.sleep(delay)
+    process.send_signal(how)
+    return finish(process)
+
+
+def test_killed_at_random_moments(root, tmp_path):
+    rng = random.Random(5)
+    line = PRUNE + " --out {tmp}/runs"
+    for marks in (["teacher 1/3"], ["search 1/3"], ["search 2/3"], ["pruned 1/3"]):
+        status, _, _ = stop_at_line(line, marks, rng.uniform(0, 0.4), signal.SIGKILL, root=root,
+                                    tmp=tmp_path)
+        assert status in (-signal.SIGKILL, 0)
+        if marks == ["teacher 1/3"]:
+            assert status == -signal.SIGKILL  # the first kill comes long before the end
+    assert finish(start(line, root=root, tmp=tmp_path))[0] == 0
+    check_parts(tmp_path / "runs", root / "runs")
+
+
+SUICIDE = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import tas
+left, plain = int(sys.argv[2]), tas.write_file
+
+def write(path, content):
+    global left
+    left -= str(path).endswith("last.ckpt")
+    if left == 0:
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(bytes(content)[:1000])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    plain(path, content)
+
+tas.write_file = write
+sys.exit(tas.main(sys.argv[3:]))
 """
 
 
+def test_killed_while_writing_checkpoints(root, tmp_path):
+    line = PRUNE + " --out {tmp}/runs"
+    for part, nth, finished in (("teacher", 3, 2), ("search", 3, 1), ("pruned", 4, 1)):
+        status, _, err = finish(start(line, "-c", SUICIDE, str(TAS.parent), str(nth), root=root,
+                                      tmp=tmp_path))
+        assert status == -signal.SIGKILL, err
+        assert (tmp_path / "runs" / part / "last.ckpt.tmp").stat().st_size == 1000
+        assert len(tas.load_tensors(tmp_path / "runs" / part / "last.ckpt")["metrics"]) == finished
+    assert run(line, root=root, tmp=tmp_path) == 0
+    check_parts(tmp_path / "runs", root / "runs")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_with_a_hint(root, tmp_path, monkeypatch, how):
+    line = TRAIN.replace("--epochs 2", "--epochs 500") + " --out {tmp}/run"
+    status, _, err = stop_at_line(line, ["run 2/500"], 0.1, how, root=root, tmp=tmp_path)
+    assert status == 130
+    assert err.count("\n") == 1 and "same command" in err
+    before = tas.load_tensors(tmp_path / "run" / "last.ckpt")["metrics"]
+    assert len(before) >= 1
+    stop_while_writing(monkeypatch, 2)  # goes on for one more epoch
+    assert run(line, root=root, tmp=tmp_path) == 130
+    after = tas.load_tensors(tmp_path / "run" / "last.ckpt")["metrics"]
+    assert after[:-1] == before and after[-1]["epoch"] == len(before) + 1
+
+
+def test_interrupted_at_every_epoch(root, tmp_path, monkeypatch):
+    line = PRUNE + " --out {tmp}/runs"
+    for nth in (1, 2, 1, 3):
+        with monkeypatch.context() as patch:
+            stop_while_writing(patch, nth)
+            assert run(line, root=root, tmp=tmp_path) == 130
+    assert run(line, root=root, tmp=tmp_path) == 0
+    check_parts(tmp_path / "runs", root / "runs")
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "shape.json", "run.json", "metrics.jsonl"])
+def test_interrupted_while_writing_the_result(root, tmp_path, monkeypatch, name):
+    """After the last epoch, too, the same command goes on."""
+    line = TRAIN.replace("--epochs 2", "--epochs 3") + " --out {tmp}/teacher"
+    for nth in (1, 2):
+        with monkeypatch.context() as patch:
+            stop_while_writing(patch, nth, name)
+            assert run(line, root=root, tmp=tmp_path) in (130, 0)
+    assert run(line, root=root, tmp=tmp_path) == 0
+    check_same_run(tmp_path / "teacher", root / "runs" / "teacher")
+
+
+def test_finished_parts_are_not_repeated(root, capsys):
+    before = times(root / "runs")
+    assert run(PRUNE + " --out {root}/runs", root=root) == 0
+    assert times(root / "runs") == before
+    assert "1/3" not in capsys.readouterr().out
+
+
+def test_metrics_are_cut_to_the_checkpoint(root, tmp_path):
+    """The file may be one epoch ahead of the checkpoint when the process is killed between."""
+    shutil.copytree(root / "half", tmp_path / "half")
+    with open(tmp_path / "half" / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "train_loss": 0.0}\n{"epo')
+    assert run(TRAIN + " --out {tmp}/half", root=root, tmp=tmp_path) == 0
+    assert [line["epoch"] for line in metrics(tmp_path / "half")] == [1, 2]
+    assert run(TRAIN + " --out {tmp}/whole", root=root, tmp=tmp_path) == 0
+    check_same_run(tmp_path / "half", tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------------
+# Settings and determinism
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("where", ["half", "runs/teacher"])
+@pytest.mark.parametrize("change, names", [
+    ("--epochs 9", ["epochs was", "now 9"]), ("--lr 0.2", ["lr was 0.1, now 0.2"]),
+    ("--seed 4 --lr 0.3", ["seed was 0, now 4", "lr was 0.1, now 0.3"]),
+    ("--batch-size 4", ["batch_size was 6, now 4"]),
+    ("--weight-decay 0.01", ["weight_decay was 0.0005, now 0.01"])])
+def test_other_settings_are_refused(root, capfd, where, change, names):
+    check_refused(capfd, root, f"{TRAIN} {change} --out {{root}}/{where}", "--out", *names)
+
+
+def test_what_does_not_change_the_result_is_no_other_setting(root, tmp_path, capsys):
+    shutil.copytree(root / "half", tmp_path / "half")
+    line = TRAIN + " --workers 1 --quiet --device cpu --out {tmp}/half"
+    assert run(line, root=root, tmp=tmp_path) == 0
+    assert run(TRAIN + " --out {tmp}/whole", root=root, tmp=tmp_path) == 0
+    check_same_run(tmp_path / "half", tmp_path / "whole")
+    assert "half 2/2" not in capsys.readouterr().out
+
+
+def test_same_seed_same_result_and_another_seed_another(root, tmp_path):
+    line = TRAIN.replace("--epochs 2", "--epochs 3") + " --out {tmp}"
+    assert run(line + "/0", root=root, tmp=tmp_path) == 0
+    assert run(line + "/1 --seed 1", root=root, tmp=tmp_path) == 0
+    check_same_run(tmp_path / "0", root / "runs" / "teacher")
+    assert metrics(tmp_path / "0")[0]["train_loss"] != metrics(tmp_path / "1")[0]["train_loss"]
+    seeds = [tas.read_json(tmp_path / n / "run.json")["settings"]["seed"] for n in "01"]
+    assert seeds == [0, 1]
+
+
+def test_large_images_do_not_depend_on_workers_or_interruptions(tmp_path, monkeypatch):
+    write_images(tmp_path / "data", train=8, size=90)
+    line = "train --data imagenet --data-dir {tmp}/data --image-size 72 --arch resnet18 " \
+           "--epochs 3 --batch-size 8 --precision fp32 --workers {n} --out {tmp}/{n}"
+    for n in (0, 2):
+        assert run(line, tmp=tmp_path, n=n) == 0
+    check_same_run(tmp_path / "0", tmp_path / "2")
+    with monkeypatch.context() as patch:
+        stop_while_writing(patch, 3)
+        assert run(line, tmp=tmp_path, n=1) == 130
+    assert run(line, tmp=tmp_path, n=1) == 0
+    check_same_run(tmp_path / "0", tmp_path / "1")
+
+
+def test_precision_is_chosen_once(root, tmp_path, monkeypatch):
+    line = TRAIN.replace("fp32", "auto") + " --out {tmp}/run"
+    with monkeypatch.context() as patch:
+        stop_while_writing(patch, 2)
+        assert run(line, root=root, tmp=tmp_path) == 130
+    info = tas.read_json(tmp_path / "run" / "run.json")
+    assert info["precision"] in ("fp32", "bf16") and "times as fast" in info["precision_reason"]
+    other = {"fp32": "bf16", "bf16": "fp32"}[info["precision"]]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"precision": other}))
+    assert run(line, root=root, tmp=tmp_path) == 0  # no second choice
+    assert tas.read_json(tmp_path / "run" / "run.json")["precision"] == other
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input
+# ------------------------------------------------------------------------------------------------
+
+ONE = f"{CHEAP} --data-dir {{root}}/data --epochs 1 --out {{root}}/new"
+
+
+@pytest.mark.parametrize("line, words", [
+    ("train --arch resnt56 " + ONE, ["resnt56", "did you mean resnet56"]),
+    ("train --arch vgg " + ONE, ["vgg", "resnet56"]),
+    ("train " + ONE, ["--arch"]),
+    ("search " + ONE, ["--arch"]),
+    ("train --arch resnet20 --epochs 1", ["--data"]),
+    ("trian --arch resnet20 " + ONE, ["trian", "did you mean train"]),
+    ("", ["COMMAND"]),
+    ("train --data cifar11 --arch resnet20", ["cifar11", "did you mean cifar1"]),
+    ("train --data synthetic --image-size 16 --arch resnet20", ["--image-size"]),
+    ("train --arch resnet20 --wrong 3 " + ONE, ["--wrong"]),
+    *[(f"train --arch resnet20 {ONE} {flag} {value}", [flag, value]) for flag, value in [
+        ("--epochs", "-3"), ("--epochs", "0"), ("--epochs", "two"), ("--batch-size", "0"),
+        ("--lr", "nan"), ("--lr", "-1"), ("--lr", "inf"), ("--seed", "-1"), ("--workers", "-2"),
+        ("--image-size", "7"), ("--precision", "fp8"), ("--compile", "maybe"),
+        ("--weight-decay", "2"), ("--transfer", "copy"), ("--device", "nonsense"),
+        ("--device", "cuda:99"), ("--device", "meta"), ("--batch-size", "25")]],
+    *[(f"search --arch resnet20 {ONE} {flag} {value}", [flag, value]) for flag, value in [
+        ("--flops", "0"), ("--flops", "1.5"), ("--flops", "abc"), ("--flops", "nan"),
+        ("--flops", "inf"), ("--flops", "-0.5"), ("--flops", "900G"), ("--flops", "M"),
+        ("--num-samples", "9"), ("--num-samples", "0"), ("--search", "all"),
+        ("--method", "grid"), ("--sampler", "hard"), ("--align", "crop"), ("--round", "0"),
+        ("--tolerance", "0"), ("--arch-lr", "nan"), ("--batch-size", "13")]]])
+def test_wrong_flags(root, capfd, line, words):
+    check_refused(capfd, root, line, *words)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--method random --search depth --flops 0.01", ["possible are"]),
+    ("--method uniform --flops 0.0004", ["--flops"]),
+    ("--method tas --search depth --flops 0.01", ["possible are"])])
+def test_target_out_of_reach(root, capfd, line, words):
+    check_refused(capfd, root, f"search --arch resnet20 {ONE} {line}", *words)
+
+
+def make_data(base, kind):
+    """A data directory with one mistake."""
+    if kind == "missing":
+        return
+    if kind == "empty":
+        return base.mkdir(parents=True)
+    write_images(base, "a" if kind == "one class" else "ab", size=80 if "large" in kind else 8)
+    if kind == "no train":
+        shutil.rmtree(base / "train")
+    elif kind == "no val":
+        shutil.rmtree(base / "val")
+    elif kind == "class without images":
+        for image in (base / "train" / "b").iterdir():
+            image.unlink()
+    elif kind == "classes differ":
+        (base / "val" / "b").rename(base / "val" / "zebra")
+    elif kind == "train is a file":
+        shutil.rmtree(base / "train")
+        (base / "train").write_text("")
+    elif "png" in kind:
+        image = base / "train" / "b" / "3.png"
+        image.write_bytes(image.read_bytes()[:40] + b"\0" * 30)
+    elif "jpeg" in kind:
+        image = base / "val" / "a" / "cut.jpeg"
+        noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(image, quality=95)
+        image.write_bytes(image.read_bytes()[:3000])
+    elif kind == "text":
+        (base / "train" / "b" / "3.png").write_text("no image")
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("missing", ["{base}/train"]), ("empty", ["{base}/train"]), ("no train", ["{base}/train"]),
+    ("no val", ["{base}/val"]), ("one class", ["one class"]),
+    ("class without images", ["{base}/train", "b"]), ("classes differ", ["b, zebra"]),
+    ("train is a file", ["{base}/train"]), ("png", ["{base}/train/b/3.png"]),
+    ("jpeg", ["{base}/val/a/cut.jpeg"]), ("text", ["{base}/train/b/3.png"])])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_wrong_data(tmp_path, capfd, kind, words, workers):
+    if workers and kind not in ("png", "jpeg"):
+        return  # no image is read
+    make_data(tmp_path / "data", kind)
+    check_refused(capfd, tmp_path, f"train --arch resnet20 {ONE} --workers {workers}", *words,
+                  base=tmp_path / "data")
+
+
+@pytest.mark.parametrize("kind, name", [("large png", "train/b/3.png"),
+                                        ("large jpeg", "val/a/cut.jpeg")])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_large_images_are_named(tmp_path, capfd, kind, name, workers):
+    make_data(tmp_path / "data", kind)
+    before = tree(tmp_path / "data")
+    line = f"train --arch resnet18 {ONE} --image-size 72 --workers {workers}"
+    assert run(line, root=tmp_path) == 2
+    assert f"{tmp_path}/data/{name}" in one_line(capfd)
+    assert tree(tmp_path / "data") == before
+    assert not (tmp_path / "new" / "weights.pt").exists()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA"])
+def test_other_kinds_of_images_are_converted(tmp_path, mode):
+    write_images(tmp_path / "data", train=4, val=3, mode=mode)
+    write_images(tmp_path / "rgb", train=4, val=3)
+    for part in ("train", "val"):
+        for path in (tmp_path / "rgb" / part).rglob("*.png"):
+            same = tmp_path / "data" / path.relative_to(tmp_path / "rgb")
+            Image.open(same).convert("RGB").save(path)
+    for name in ("data", "rgb"):
+        assert run(f"train --arch resnet20 {ONE} --batch-size 4 --data-dir {{tmp}}/{name} "
+                   f"--out {{tmp}}/run-{name}", root=tmp_path, tmp=tmp_path) == 0
+    check_same_run(tmp_path / "run-data", tmp_path / "run-rgb")
+
+
+def good_fields():
+    return {"arch": "resnet20", "num_classes": 2, "image_size": 8, "stem": 9,
+            "stages": [[[9, 8]], [[20, 12], [32, 12]], [[64, 25]]]}
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"arch": "resnet18"}, ["stages"]), ({"arch": "resnet9"}, ["resnet9"]),
+    ({"arch": None}, ["arch"]), ({"stem": 0}, ["stem"]), ({"stem": 17}, ["stem", "17"]),
+    ({"stem": 8.0}, ["stem", "8.0"]), ({"stem": True}, ["stem", "True"]),
+    ({"stem": 10 ** 400}, ["stem"]), ({"stem": "8"}, ["stem"]),
+    ({"stages": []}, ["stages"]), ({"stages": [[[9, 8]], [], [[64, 25]]]}, ["stages[1]"]),
+    ({"stages": [[[9, 8]], [[20, 12, 3]], [[64, 25]]]}, ["stages[1][0]"]),
+    ({"stages": [[[9, 8]], [[20, -12]], [[64, 25]]]}, ["stages[1][0][1]", "-12"]),
+    ({"stages": [[[9, 8]], [[20, 12]], [[64, 25]] * 4]}, ["stages[2]"]),
+    ({"num_classes": 3}, ["num_classes 3", "2"]), ({"num_classes": 1}, ["num_classes"]),
+    ({"image_size": 4}, ["image_size"]), ({"extra": 1}, ["extra"])])
+def test_wrong_shapes(root, tmp_path, capfd, change, words):
+    path = tmp_path / "shape.json"
+    path.write_text(json.dumps(good_fields() | change))
+    check_refused(capfd, root, f"train {ONE} --shape {path}", str(path), *words)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b"[" * 100_000])
+def test_files_that_hold_no_shape(root, tmp_path, capfd, content):
+    (tmp_path / "shape.json").write_bytes(content)
+    check_refused(capfd, root, f"train {ONE} --shape {tmp_path}/shape.json", f"{tmp_path}/shape")
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--arch resnet32 --shape {root}/runs/search/shape.json", ["resnet20", "resnet32"]),
+    ("--shape {root}/nowhere.json", ["{root}/nowhere.json"]),
+    ("--shape {root}/runs", ["{root}/runs"]),
+    ("--shape {root}/runs/search/shape.json --image-size 16", ["image_size 8", "16"]),
+    ("--arch resnet20 --transfer kd", ["--transfer kd", "--teacher"]),
+    ("--arch resnet20 --transfer init", ["--transfer init", "--teacher"]),
+    ("--arch resnet32 --teacher {root}/runs/teacher", ["resnet20", "resnet32"]),
+    ("--arch resnet20 --teacher {root}/runs/search", ["{root}/runs/search", "weights.pt"]),
+    ("--arch resnet20 --teacher {root}/half", ["{root}/half", "weights.pt"]),
+    ("--arch resnet20 --teacher {root}/nowhere", ["{root}/nowhere"]),
+    ("--arch resnet20 --out {root}/half/run.json", ["{root}/half/run.json", "--out"]),
+    ("--arch resnet20 --out {root}/half/run.json/new", ["{root}/half/run.json/new", "--out"]),
+    ("--arch resnet20 --out {root}/data", ["{root}/data", "--out"]),
+    ("--arch resnet20 --out /proc/nowhere", ["/proc/nowhere", "--out"])])
+def test_wrong_places(root, capfd, line, words):
+    check_refused(capfd, root, f"train {ONE} {line}", *words)
+
+
+def test_a_teacher_of_other_classes(root, tmp_path, capfd):
+    write_images(tmp_path / "data", "abc")
+    check_refused(capfd, tmp_path, f"train {ONE} --arch resnet20 --teacher {root}/runs/teacher",
+                  "num_classes 2", "3")
+
+
+@pytest.mark.parametrize("line", [
+    "eval {CHEAP} --data-dir {root}/data {root}/nowhere", "export {root}/nowhere",
+    "eval {CHEAP} --data-dir {root}/data {root}/half", "export {root}/runs/search",
+    "describe {root}/nowhere", "describe resnet57", "describe {root}/runs", "report {root}/data",
+    "report {root}/nowhere", "bench --arch resnet57", "bench --shape {root}/nowhere.json",
+    "bench --rounds 0"])
+def test_wrong_arguments_of_the_other_commands(root, capfd, line):
+    line = line.replace("{CHEAP}", CHEAP.replace(" --batch-size 6", ""))
+    last = line.split()[-1]
+    check_refused(capfd, root, line, last.removesuffix("/half"))
+
+
+def no_network(*_, **__):
+    raise urllib.error.URLError("no network")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_no_network_for_cifar(tmp_path, capfd, monkeypatch, name):
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    check_refused(capfd, tmp_path, f"train --data {name} --data-dir {{root}}/data --arch resnet20 "
+                  "--out {root}/new", name, "{root}/data", "--data synthetic")
+
+
+def test_no_network_for_a_teacher(root, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    check_refused(capfd, root, f"train {ONE} --arch resnet18 --teacher torchvision",
+                  "--teacher torchvision", "no network")
+    check_refused(capfd, root, f"train {ONE} --arch resnet20 --teacher torchvision",
+                  "--teacher torchvision", "resnet20")
+
+
+# ------------------------------------------------------------------------------------------------
+# Damaged files
+# ------------------------------------------------------------------------------------------------
+
+class Evil:
+    """A pickle of it makes a directory when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "weights.pt"])
+def test_a_pickle_is_not_executed(root, tmp_path, capfd, name):
+    shutil.copytree(root / ("half" if name == "last.ckpt" else "runs/teacher"), tmp_path / "run")
+    torch.save({"settings": Evil(tmp_path / "executed")}, tmp_path / "run" / name)
+    line = TRAIN + " --out {run}" if name == "last.ckpt" else "export {run}"
+    check_refused(capfd, tmp_path, line.replace("{root}", str(root)), "{run}/" + name,
+                  run=tmp_path / "run")
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(Exception):  # the file is as dangerous as it should be
+        torch.load(tmp_path / "run" / name, weights_only=False)["settings"].path
+    assert (tmp_path / "executed").exists()
+
+
+def spoil(path, kind, root):
+    content = path.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(content[:len(content) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "other":
+        shutil.copy(root / "runs" / "search" / path.name, path)
+    elif kind == "list":
+        torch.save([1, 2], path)
+    else:
+        state = torch.load(path, weights_only=True)
+        {"no parts": lambda: state.pop("parts"), "no metrics": lambda: state.pop("metrics"),
+         "no settings": lambda: state.pop("settings"), "no rng": lambda: state.pop("rng"),
+         "wrong net": lambda: state["parts"]["net"].popitem()}[kind]()
+        torch.save(state, path)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "other", "list", "no parts",
+                                  "no metrics", "no settings", "no rng", "wrong net"])
+def test_damaged_checkpoints(root, tmp_path, capfd, kind):
+    shutil.copytree(root / "half", tmp_path / "half")
+    spoil(tmp_path / "half" / "last.ckpt", kind, root)
+    check_refused(capfd, tmp_path, TRAIN.replace("{root}", str(root)) + " --out {root}/half",
+                  "{root}/half/last.ckpt", "--out" if kind not in ("truncated", "empty", "text",
+                                                                   "list") else "delete it")
+
+
+@pytest.mark.parametrize("change", [
+    b"", b"{", b"[]", b"{}", b'{"settings": []}', b'{"settings": null}', {"settings": {}},
+    {"result": []}, {"result": "done"}, {"result": {}}, {"result": {"accuracy": "high"}},
+    {"result": {"accuracy": None}}])
+def test_damaged_run_files(root, tmp_path, capfd, change):
+    shutil.copytree(root / "half", tmp_path / "half")
+    path = tmp_path / "half" / "run.json"
+    path.write_bytes(change if isinstance(change, bytes) else
+                     json.dumps(tas.read_json(path) | change).encode())
+    check_refused(capfd, tmp_path, TRAIN.replace("{root}", str(root)) + " --out {root}/half",
+                  "{root}/half/run.json")
+
+
+@pytest.mark.parametrize("change", [{"result": None}, {"result": {}}, {"settings": None}])
+@pytest.mark.parametrize("which", ["teacher", "search"])
+def test_damaged_run_file_of_a_part(root, tmp_path, capfd, change, which):
+    """A teacher or a shape from a damaged run: a clean error, or a result without that entry."""
+    shutil.copytree(root / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("pruned"))
+    path = tmp_path / "runs" / which / "run.json"
+    path.write_text(json.dumps(tas.read_json(path) | change))
+    status = run(f"train {ONE} --out {{tmp}}/new --shape {{tmp}}/runs/search/shape.json "
+                 "--teacher {tmp}/runs/teacher", root=root, tmp=tmp_path)
+    assert status in (0, 2)
+    if status:
+        assert str(path) in one_line(capfd)
+    else:
+        accuracy = tas.read_json(tmp_path / "new" / "run.json")["result"]["accuracy"]
+        assert accuracy == metrics(tmp_path / "new")[-1]["test_accuracy"]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("run.json", b"{"), ("run.json", b'{"result": {"a": 1}}'), ("metrics.jsonl", b'{"epoch": 1'),
+    ("metrics.jsonl", b"[]\n"), ("metrics.jsonl", b'{"epoch": 1}\n'),
+    ("metrics.jsonl", b"\xff\n"), ("shape.json", b"{}"), ("machine", None), ("tolerance", None)])
+def test_report_of_damaged_runs(root, tmp_path, capfd, name, content):
+    shutil.copytree(root / "runs" / "search", tmp_path / "search")
+    shutil.copytree(root / "runs" / "teacher", tmp_path / "teacher")
+    if content is None:  # an entry of run.json
+        path = tmp_path / "search" / "run.json"
+        info = tas.read_json(path)
+        (info if name in info else info["settings"]).pop(name)
+        path.write_text(json.dumps(info))
+    else:
+        (tmp_path / "search" / name).write_bytes(content)
+    before = tree(tmp_path)
+    assert run("report {tmp}", tmp=tmp_path) == 2
+    assert str(tmp_path) in one_line(capfd)
+    assert {p: c for p, c in tree(tmp_path).items() if not p.name.startswith("report.")} == before
+
+
+def mutate(directory, kind, name, other, at, noise):
+    """Damage one file of a run directory."""
+    path = directory / name
+    content = path.read_bytes()
+    at = int(at * len(content))
+    if kind == "truncate":
+        path.write_bytes(content[:at])
+    elif kind == "noise":
+        path.write_bytes(content[:at] + noise + content[at + len(noise):])
+    else:
+        path.write_bytes((directory / other).read_bytes())
+        (directory / other).write_bytes(content)
+
+
+def check_clean(capture, status, *wanted):
+    """Status 2 and one line, or 0 and the wanted words."""
+    captured = capture.readouterr()
+    assert status in (0, 2)
+    if status:
+        assert re.fullmatch(r"error: [^\n]+\n", captured.err), captured.err
+    else:
+        assert captured.err == "" and all(word in captured.out for word in wanted), captured.out
+
+
+@pytest.fixture(scope="module")
+def fuzzed(root, tmp_path_factory):
+    """The interrupted and the finished run that are damaged, and the line that both end with."""
+    base = tmp_path_factory.mktemp("fuzz")
+    shutil.copytree(root / "half", base / "finished")
+    assert run(TRAIN + " --quiet --out {out}", root=root, out=base / "finished") == 0
+    shutil.copytree(root / "half", base / "half")
+    return base
+
+
+FUZZ = settings(deadline=None, derandomize=True, max_examples=25, database=None,
+                phases=[Phase.explicit, Phase.generate],  # shrinking would repeat long runs
+                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@FUZZ
+@given(state=st.sampled_from(["half", "finished"]), data=st.data())
+def test_damaged_run_directories(root, fuzzed, capfd, state, data):
+    names = [name for name in RESULTS if (fuzzed / state / name).exists()]
+    kind = data.draw(st.sampled_from(["truncate", "noise", "swap"]))
+    name, other = data.draw(st.permutations(names))[:2]
+    shutil.rmtree(fuzzed / "run", ignore_errors=True)
+    shutil.copytree(fuzzed / state, fuzzed / "run")
+    mutate(fuzzed / "run", kind, name, other, data.draw(st.floats(0, 0.999)),
+           data.draw(st.binary(min_size=1, max_size=40)))
+    damaged = (fuzzed / "run" / name).read_bytes()
+    capfd.readouterr()
+    status = run(TRAIN + " --quiet --out {out}", root=root, out=fuzzed / "run")
+    check_clean(capfd, status)
+    if status == 2:
+        assert (fuzzed / "run" / name).read_bytes() == damaged  # evidence is not overwritten
+        return
+    status = run("eval --data folder --workers 0 --data-dir {root}/data {out}", root=root,
+                 out=fuzzed / "run")
+    accuracy = tas.read_json(fuzzed / "finished" / "run.json")["result"]["accuracy"]
+    check_clean(capfd, status, f"accuracy {accuracy:.2f}%")
+    if status == 0:
+        assert equal(*[tas.load(fuzzed / d).state_dict() for d in ("run", "finished")])
+
+
+@settings(FUZZ, max_examples=12)
+@given(kind=st.sampled_from(["truncate", "noise", "swap"]), data=st.data())
+def test_damaged_search_directories(root, fuzzed, capfd, kind, data):
+    name, other = data.draw(st.permutations(RESULTS[:4]))[:2]
+    shutil.rmtree(fuzzed / "search", ignore_errors=True)
+    shutil.copytree(root / "runs" / "search", fuzzed / "search")
+    mutate(fuzzed / "search", kind, name, other, data.draw(st.floats(0, 0.999)),
+           data.draw(st.binary(min_size=1, max_size=40)))
+    capfd.readouterr()
+    status = run(SEARCH.replace("--epochs 1", "--epochs 3") + " --quiet --out {out}", root=root,
+                 out=fuzzed / "search")
+    check_clean(capfd, status, "next: ")
+    if status == 0 and name != "shape.json" and (kind != "swap" or other != "shape.json"):
+        assert tas.Shape.load(fuzzed / "search" / "shape.json") == tas.Shape.load(
+            root / "runs" / "search" / "shape.json")
+
+
+# ------------------------------------------------------------------------------------------------
+# Full disk, numbers
+# ------------------------------------------------------------------------------------------------
+
+def fill_disk(patch, nth):
+    plain, count = os.fsync, itertools.count(1)
+
+    def fsync(descriptor):
+        if next(count) >= nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(descriptor)
+
+    patch.setattr(os, "fsync", fsync)
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
+    tas.write_file(tmp_path / "file", b"old")
+    fill_disk(monkeypatch, 1)
+    with pytest.raises(tas.TASError, match="No space left"):
+        tas.write_file(tmp_path / "file", b"new" * 1000)
+    assert tree(tmp_path) == {tmp_path / "file": b"old"}
+
+
+@pytest.mark.parametrize("nth", range(1, 10))
+def test_a_full_disk_at_any_moment(root, tmp_path, capfd, monkeypatch, nth):
+    """Each file in turn is the one that does not fit; afterwards the same command goes on."""
+    line = f"train {ONE} --arch resnet20 --out {{tmp}}/run"
+    with monkeypatch.context() as patch:
+        fill_disk(patch, nth)
+        status = run(line, root=root, tmp=tmp_path)
+    if status == 0:
+        assert nth > 6  # all files were written
+        return
+    assert status == 2 and "No space left" in one_line(capfd)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert run(line, root=root, tmp=tmp_path) == 0
+    assert run(line.replace("/run", "/whole"), root=root, tmp=tmp_path) == 0
+    check_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_huge_learning_rate_stops_the_run(root, tmp_path, capfd):
+    assert run(TRAIN + " --lr 1e9 --out {tmp}/run", root=root, tmp=tmp_path) == 2
+    err = one_line(capfd)
+    assert re.search(r"epoch \d+, step \d+, .*1e\+09.*lower --lr", err), err
+    assert not (tmp_path / "run" / "weights.pt").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("command", ["train", "search"])
-def test_killed_runs_resume_to_the_same_bits(command, place, tmp_path):
-    """Killed in the middle of writing a checkpoint, twice, against an uninterrupted run."""
-    flags = [command, "--arch", "resnet20", *place, "--epochs", "3", "--quiet", "--out"]
-    assert tas.main([*flags, str(tmp_path / "whole")]) == 0
-    for at in ("2", "2"):
-        killed = subprocess.run([sys.executable, "-c", KILLER, at, *flags, str(tmp_path / "cut")],
-                                cwd=Path(tas.__file__).parent, timeout=300)
-        assert killed.returncode == -9
-    assert tas.main([*flags, str(tmp_path / "cut")]) == 0
-    assert run_lines(tmp_path / "cut") == run_lines(tmp_path / "whole")
-    whole, cut = (tas.load_tensors(tmp_path / d / "last.ckpt")["parts"]["net"]
-                  for d in ("whole", "cut"))
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(whole[k], cut[k]) for k in whole)
-    assert (tmp_path / "cut/shape.json").read_bytes() == (tmp_path / "whole/shape.json").read_bytes()
+def test_a_loss_that_is_not_finite_is_located(root, tmp_path, capfd, monkeypatch, command, value):
+    """24 training images, batch 6: 4 steps of training or 2 of search (2 losses each) an epoch."""
+    plain, count = F.cross_entropy, itertools.count(1)
+    monkeypatch.setattr(F, "cross_entropy", lambda *a: plain(*a) * (
+        value if next(count) == 4 + 3 else 1))
+    line = (TRAIN if command == "train" else SEARCH + " --epochs 2") + " --out {tmp}/run"
+    assert run(line, root=root, tmp=tmp_path) == 2
+    step = {"train": 3, "search": 2}[command]
+    err = one_line(capfd)
+    assert f"epoch 2, step {step}," in err and "--lr 0.1" in err
+    assert len(tas.load_tensors(tmp_path / "run" / "last.ckpt")["metrics"]) == 1
+    assert len(metrics(tmp_path / "run")) == 1
+    assert not (tmp_path / "run" / "shape.json").exists()
 
 
-def test_prune_and_what_users_do_next(place, tmp_path, capsys):
-    """All three parts; a second run repeats none; eval, export, describe and report read them."""
-    out = tmp_path / "run"
-    flags = ["prune", "--arch", "resnet20", *place, "--epochs", "1", "--out", str(out)]
-    assert tas.main(flags) == 0
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    assert tas.main(flags) == 0
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
-    shape, full = tas.Shape.load(out / "search/shape.json"), tas.Space("resnet20", 3, 8).full
-    assert abs(tas.count_macs(shape) / tas.count_macs(full) - 0.5) <= 0.025
-    net = tas.load(out / "pruned")
-    weights = torch.load(out / "pruned/weights.pt", weights_only=True)
-    tas.ResNet(shape).load_state_dict(weights)
-    capsys.readouterr()
-    assert tas.main(["eval", str(out / "pruned"), *place[:4], "--workers", "0"]) == 0
-    accuracy = tas.read_json(out / "pruned/run.json")["result"]["accuracy"]
-    assert f"accuracy {accuracy:.2f}%" in capsys.readouterr().out
-    assert tas.main(["export", str(out / "pruned")]) == 0
-    program = torch.export.load(out / "pruned/network.pt2").module()
+# ------------------------------------------------------------------------------------------------
+# Many processes
+# ------------------------------------------------------------------------------------------------
+
+SPY = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+import tas
+out, dies, rank = sys.argv[2], sys.argv[3] == "dies", os.environ["RANK"]
+nets, wrote, extract, write_file = [], [], tas.extract, tas.write_file
+
+class Spy(tas.TrainStep):
+    calls = 0
+
+    def __init__(self, net, *rest):
+        nets.append(net)
+        super().__init__(net, *rest)
+
+    def __call__(self, *batch):
+        Spy.calls += 1
+        if dies and rank == "1" and Spy.calls == 6:
+            os._exit(9)
+        super().__call__(*batch)
+
+def spy_extract(space, alpha, beta, *rest):
+    torch.save([alpha.detach(), beta.detach()], f"{out}/sizes{rank}")
+    return extract(space, alpha, beta, *rest)
+
+def spy_write(path, content):
+    wrote.append(str(path))
+    if "shape.json" in str(path):
+        time.sleep(1)  # a slow disk: nobody may read what is not yet there
+    write_file(path, content)
+
+tas.TrainStep, tas.extract, tas.write_file = Spy, spy_extract, spy_write
+status = tas.main(sys.argv[4:])
+torch.save([net.state_dict() for net in nets], f"{out}/nets{rank}")
+torch.save(wrote, f"{out}/wrote{rank}")
+sys.exit(status)
+"""
+
+
+def two_processes(line, tmp, dies, **places):
+    (tmp / "spy.py").write_text(SPY)
+    return finish(start(line, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                        str(tmp / "spy.py"), str(TAS.parent), str(tmp), dies, tmp=tmp, **places))
+
+
+def test_two_processes_agree(root, tmp_path):
+    status, out, err = two_processes(PRUNE + " --out {tmp}/runs", tmp_path, "lives", root=root)
+    assert status == 0, err
+    assert out.count("search 3/3") == 1  # only the first one speaks
+    a, b = [torch.load(tmp_path / f"sizes{rank}") for rank in (0, 1)]
+    assert equal(a, b)
+    saved = tas.load_tensors(tmp_path / "runs" / "search" / "last.ckpt")["parts"]["net"]
+    assert torch.equal(saved["alpha"], a[0]) and torch.equal(saved["beta"], a[1])
+    a, b = [torch.load(tmp_path / f"nets{rank}") for rank in (0, 1)]
+    assert len(a) == 2 and equal(a, b)
+    assert len(torch.load(tmp_path / "wrote0")) > 10 and torch.load(tmp_path / "wrote1") == []
+    shape = tas.Shape.load(tmp_path / "runs" / "search" / "shape.json")
+    ratio = tas.count_macs(shape) / tas.count_macs(shape.full)
+    assert 0.475 <= ratio <= 0.525
+    assert tas.load(tmp_path / "runs" / "pruned").shape == shape
+
+
+def test_a_dead_process_ends_the_run(root, tmp_path):
+    status, out, _ = two_processes(TRAIN + " --out {tmp}/run", tmp_path, "dies", root=root)
+    assert status != 0
+    assert "run 1/2" in out and "run 2/2" not in out
+    assert len(tas.load_tensors(tmp_path / "run" / "last.ckpt")["metrics"]) == 1
+    assert not (tmp_path / "run" / "weights.pt").exists()
+
+
+def test_a_batch_that_processes_cannot_share(root, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_refused(capfd, root, f"train {ONE} --arch resnet20", "--batch-size 6", "4 processes")
+
+
+# ------------------------------------------------------------------------------------------------
+# Steps: no host sync, the gradients that are stepped, one graph
+# ------------------------------------------------------------------------------------------------
+
+def step_args(command, compiled="off"):
+    line = f"{command} --data synthetic --arch resnet20 --weight-decay 5e-4 --lr 0.1 --compile "
+    return tas.build_parser().parse_args((line + compiled + (
+        " --arch-lr 0.05" if command == "search" else "")).split())
+
+
+def search_step(compiled="off"):
+    torch.manual_seed(0)
+    space = tas.Space("resnet20", 3, 8)
+    net = tas.SuperResNet(space).to(memory_format=torch.channels_last)
+    context = tas.Context(torch.device("cpu"))
+    target = tas.count_macs(space.full) / 2
+    return net, tas.SearchStep(net, step_args("search", compiled), context, "fp32", target)
+
+
+def batch(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 3, 8, 8, generator=g).contiguous(memory_format=torch.channels_last)
+    return x, torch.randint(3, (4,), generator=g)
+
+
+class HostSync(Exception):
+    pass
+
+
+class NoScalars(TorchDispatchMode):
+    """Fails on operators whose result the host has to wait for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
+                                       torch.ops.aten.masked_select, torch.ops.aten.equal):
+            raise HostSync(str(function))
+        if function.overloadpacket is torch.ops.aten.index and torch.bool in [
+                t.dtype for t in args[1] if t is not None]:
+            raise HostSync("an index by a mask")
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_host_sync():
+    def fail(*_, **__):
+        raise HostSync
+
+    with pytest.MonkeyPatch.context() as patch, NoScalars():
+        for name in ("item", "cpu", "tolist", "numpy", "nonzero", "__bool__", "__float__",
+                     "__int__", "__index__", "__repr__", "__format__"):
+            patch.setattr(torch.Tensor, name, fail)
+        yield
+
+
+@pytest.mark.parametrize("sync", [
+    lambda t: t.item(), lambda t: t.cpu(), lambda t: t[None].tolist(), lambda t: bool(t > 0),
+    lambda t: float(t), lambda t: int(t), lambda t: f"{t}", lambda t: repr(t),
+    lambda t: t[None].nonzero(), lambda t: torch.nonzero(t[None]), lambda t: t[None][t[None] > 0],
+    lambda t: t[None].numpy(), lambda t: torch.equal(t, t)])
+def test_the_guard_notices_host_syncs(sync):
+    with no_host_sync(), pytest.raises(HostSync):
+        sync(torch.ones(()) * 2)
+
+
+@pytest.mark.parametrize("kind", ["search", "train", "distil"])
+def test_a_step_does_not_wait_for_the_device(kind):
+    context = tas.Context(torch.device("cpu"))
+    meters = [tas.Meter(context), tas.Meter(context)]
+    if kind == "search":
+        net, step = search_step()
+        inputs = batch(0), batch(1), *meters
+    else:
+        net, teacher = [tas.ResNet(tas.Space("resnet20", 3, 8).full) for _ in range(2)]
+        step = tas.TrainStep(net, step_args("train"), context, "fp32",
+                             teacher if kind == "distil" else None)
+        inputs = *batch(), meters[0]
+    before = [p.detach().clone() for p in net.parameters()]
+    with no_host_sync():
+        for _ in range(3):
+            step(*inputs)
+    assert all(not torch.equal(p, old) for p, old in zip(net.parameters(), before)
+               if p.grad is not None and p.grad.abs().sum() > 0)
+    assert meters[0].read()[0] > 0
+
+
+def test_gradients_of_what_is_stepped_and_of_nothing_else():
+    net, step = search_step()
+    sizes, asked, grads = [net.alpha, net.beta], [], []
+    weights = [p for p in net.parameters() if not any(p is s for s in sizes)]
+
+    def snapshot(params):
+        return [None if p.grad is None else p.grad.clone() for p in params]
+
+    net.register_forward_pre_hook(lambda *_: asked.append(
+        [[p.requires_grad for p in params] for params in (weights, sizes)]))
+    hook = register_optimizer_step_pre_hook(
+        lambda *_: grads.append([snapshot(weights), snapshot(sizes)]))
+    context = tas.Context(torch.device("cpu"))
+    for seed in range(2):
+        step(batch(seed), batch(seed + 9), tas.Meter(context), tas.Meter(context))
+    hook.remove()
+    one, two = len(weights), len(sizes)
+    assert asked == [[[True] * one, [False] * two], [[False] * one, [True] * two]] * 2
+    assert grads[0][1] == [None, None]  # the weight half knows no gradient of alpha and beta
+    assert None not in grads[0][0] and None not in grads[1][1]
+    for before, after, part in ((0, 1, 0), (1, 2, 1), (2, 3, 0)):  # kept by the other half
+        assert equal(grads[before][part], grads[after][part])
+    for before, after, part in ((0, 2, 0), (1, 3, 1)):  # renewed by its own
+        assert not equal(grads[before][part], grads[after][part])
+
+
+def count_graphs(patch):
+    """Let torch.compile count its graphs; a counter per compiled function."""
+    counters, plain = [], torch.compile
+
+    def counting(function, **options):
+        assert options["fullgraph"] is True
+        counters.append(CompileCounter())
+        return plain(function, **options | {"backend": counters[-1]})
+
+    torch._dynamo.reset()
+    patch.setattr(torch, "compile", counting)
+    return counters
+
+
+def test_the_search_step_is_two_graphs(monkeypatch):
+    counters = count_graphs(monkeypatch)
+    net, step = search_step("on")
+    net.train()
+    context = tas.Context(torch.device("cpu"))
+    meters = tas.Meter(context), tas.Meter(context)
+    for i in range(20):
+        step.tau.fill_(10 - i / 2.1)
+        step.optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
+        step(batch(i), batch(i + 50), *meters)
+    assert [counter.frame_count for counter in counters] == [1, 1]
+    assert meters[0].steps == 20 and meters[0].read()[0] > 0
+
+
+@pytest.mark.parametrize("distil", [False, True])
+def test_the_training_step_is_one_graph(monkeypatch, distil):
+    counters = count_graphs(monkeypatch)
+    net, teacher = [tas.ResNet(tas.Space("resnet20", 3, 8).full) for _ in range(2)]
+    context = tas.Context(torch.device("cpu"))
+    step = tas.TrainStep(net, step_args("train", "on"), context, "fp32",
+                         teacher.eval() if distil else None)
+    meter = tas.Meter(context)
+    for i in range(20):
+        step.optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
+        step(*batch(i), meter)
+    assert [counter.frame_count for counter in counters] == [1]
+
+
+def test_compilation_that_fails_is_one_warning(monkeypatch, capsys):
+    def broken(function, **_):
+        def fail(*_):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler\nfor you")
+        return fail
+
+    net = tas.ResNet(tas.Space("resnet20", 3, 8).full)
+    monkeypatch.setattr(torch, "compile", broken)
+    device = torch.device("cuda")  # where auto compiles; nothing is put there
+    step = tas.TrainStep(net, step_args("train", "auto"), tas.Context(device), "fp32")
+    meter = tas.Meter(tas.Context(torch.device("cpu")))
+    for i in range(3):
+        step(*batch(i), meter)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "warning" in err and "no compiler" in err
+    assert meter.read()[0] > 0 and meter.steps == 3
+
+
+# ------------------------------------------------------------------------------------------------
+# Commands
+# ------------------------------------------------------------------------------------------------
+
+def test_prune_leaves_three_runs(root):
+    teacher, pruned = [tas.load(root / "runs" / name) for name in ("teacher", "pruned")]
+    shape = tas.Shape.load(root / "runs" / "search" / "shape.json")
+    assert teacher.shape == shape.full and pruned.shape == shape
+    assert not teacher.training and not pruned.training
+    assert abs(tas.count_macs(shape) / tas.count_macs(shape.full) - 0.5) <= 0.025
+    for name, files in (("teacher", RESULTS), ("search", RESULTS[:4]), ("pruned", RESULTS)):
+        assert sorted(p.name for p in (root / "runs" / name).iterdir()) == sorted(files)
+        info = tas.read_json(root / "runs" / name / "run.json")
+        assert info["settings"]["seed"] == 0 and info["versions"]["torch"] == torch.__version__
+        assert info["result"]["full_macs"] == tas.count_macs(shape.full)
+    accuracy = {n: tas.read_json(root / "runs" / n / "run.json")["result"] for n in
+                ("teacher", "pruned")}
+    assert accuracy["pruned"]["teacher_accuracy"] == accuracy["teacher"]["accuracy"]
+
+
+@pytest.mark.parametrize("name", ["teacher", "pruned"])
+def test_weights_load_without_this_program_s_help(root, name):
+    path = root / "runs" / name
+    state = torch.load(path / "weights.pt", weights_only=True)
+    net = tas.ResNet(tas.Shape.load(path / "shape.json"))
+    net.load_state_dict(state)
+    x = torch.randn(5, 3, 8, 8)
+    assert torch.equal(net.eval()(x), tas.load(path)(x))
+
+
+@pytest.mark.parametrize("name", ["teacher", "pruned"])
+def test_eval_gives_the_accuracy_of_the_run(root, capsys, name):
+    result = tas.read_json(root / "runs" / name / "run.json")["result"]
+    assert run("eval --data folder --data-dir {root}/data --workers 0 {root}/runs/" + name,
+               root=root) == 0
+    out = capsys.readouterr().out
+    assert f"accuracy {result['accuracy']:.2f}% on 8 images" in out
+    net, right = tas.load(root / "runs" / name), 0
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    for label, folder in enumerate("ab"):
+        for path in (root / "data" / "val" / folder).iterdir():
+            pixels = (np.asarray(Image.open(path)) / 255 - mean) / std
+            x = torch.tensor(pixels).permute(2, 0, 1)[None].float()
+            right += int(net(x).argmax()) == label
+    assert result["accuracy"] == 100 * right / 8
+
+
+def test_export(root, tmp_path, capsys):
+    shutil.copytree(root / "runs" / "pruned", tmp_path / "pruned")
+    assert run("export {tmp}/pruned", tmp=tmp_path) == 0
+    assert "MB" in capsys.readouterr().out
+    program = torch.export.load(tmp_path / "pruned" / "network.pt2").module()
+    net = tas.load(tmp_path / "pruned")
     for n in (1, 5):
         x = torch.randn(n, 3, 8, 8)
         torch.testing.assert_close(program(x), net(x))
-    capsys.readouterr()
-    assert tas.main(["describe", str(out / "pruned")]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-2]]
-    assert sum(int(row[3].replace(",", "")) for row in rows) == tas.count_macs(shape)
-    assert tas.main(["report", str(out)]) == 0
-    assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
-    assert f"{accuracy:.2f}" in (out / "report.md").read_text()
 
 
-@pytest.mark.parametrize("changes, words", [
-    (["--arch", "resnet57"], "resnet56"), (["--data", "cifar"], "cifar10"),
-    (["--epochs", "-1"], "--epochs"), (["--flops", "0"], "--flops 0"),
-    (["--flops", "1.5"], "--flops 1.5"), (["--flops", "abc"], "--flops abc"),
-    (["--flops", "nan"], "--flops nan"), (["--num-samples", "9"], "--num-samples"),
-    (["--batch-size", "100"], "--batch-size 100"), (["--data-dir", "nowhere"], "nowhere"),
-    (["--device", "abacus"], "--device abacus"), (["--flops", "0.001"], "possible are")])
-def test_bad_flags_are_one_line(changes, words, place, tmp_path, capsys):
-    out = tmp_path / "out"
-    flags = ["search", "--arch", "resnet20", *place, "--epochs", "1", "--method", "random", "--out",
-             str(out), *changes]
-    assert tas.main(flags) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0]
-    assert not (out / "shape.json").exists()
+def test_onnx_without_its_packages(root, tmp_path, capsys, monkeypatch):
+    shutil.copytree(root / "runs" / "pruned", tmp_path / "pruned")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert run("export {tmp}/pruned --onnx", tmp=tmp_path) == 2
+    assert "pip install onnx" in one_line(capsys)
 
 
-def test_bad_images_are_one_line(tmp_path, capsys):
-    def fails(root, words):
-        assert tas.main(["train", "--arch", "resnet20", "--data", "folder", "--data-dir", str(root),
-                         "--image-size", "8", "--batch-size", "4", "--workers", "0", "--out",
-                         str(tmp_path / "out")]) == 2
-        errors = capsys.readouterr().err.splitlines()
-        assert len(errors) == 1 and words in errors[0]
-        assert not (tmp_path / "out").exists()
-
-    broken = write_images(tmp_path / "broken")
-    image = broken / "train/a/0.png"
-    image.write_bytes(image.read_bytes()[:60])
-    fails(broken, str(image))
-    fails(write_images(tmp_path / "one", classes=("a",)), "one class")
-    odd = write_images(tmp_path / "odd")
-    (odd / "test/b").rename(odd / "test/z")
-    fails(odd, "same class folders")
-    empty = write_images(tmp_path / "empty")
-    for path in (empty / "train/b").iterdir():
-        path.unlink()
-    fails(empty, "b")
+def cells(text, found):
+    """The rows of a Markdown table that have a cell, as dicts."""
+    rows = [[c.strip() for c in line.strip("| \n").split(" | ")] for line in text.splitlines()
+            if line.startswith("|")]
+    return [dict(zip(rows[0], row)) for row in rows[2:] if found in row]
 
 
-def test_other_settings_and_damaged_checkpoints_are_refused(place, tmp_path, capsys):
-    flags = ["train", "--arch", "resnet20", *place, "--epochs", "1", "--quiet", "--out",
-             str(tmp_path / "out")]
-    assert tas.main(flags) == 0
-    assert tas.main([*flags, "--workers", "1", "--device", "cpu"]) == 0
-    files = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    for changes, words in ((["--epochs", "2"], "epochs was 1, now 2"), (["--seed", "1"], "seed was")):
-        capsys.readouterr()
-        assert tas.main([*flags, *changes]) == 2
-        assert words in capsys.readouterr().err
-    assert files == {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    info = json.loads((tmp_path / "out/run.json").read_text())
-    del info["result"]
-    (tmp_path / "out/run.json").write_text(json.dumps(info))
-
-    class Trap:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    whole = (tmp_path / "out/last.ckpt").read_bytes()
-    for content in (whole[:1000], b"", pickle.dumps(Trap())):
-        (tmp_path / "out/last.ckpt").write_bytes(content)
-        capsys.readouterr()
-        assert tas.main(flags) == 2
-        assert "last.ckpt is damaged" in capsys.readouterr().err
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(place, tmp_path, capsys):
-    flags = ["train", "--arch", "resnet20", *place, "--epochs", "2", "--out", str(tmp_path / "out")]
-    assert tas.main([*flags, "--lr", "1e9"]) == 2
-    error = capsys.readouterr().err
-    assert "not finite in epoch 1, step" in error and "--lr 1e+09" in error
-
-
-def search_step(compile_flag, space):
-    args = tas.build_parser().parse_args(["bench", "--compile", compile_flag])
-    net = tas.SuperResNet(space)
-    context = tas.Context(torch.device("cpu"))
-    step = tas.SearchStep(net, args, context, "fp32", tas.count_macs(space.full) / 2)
-    return step, tas.Meter(context)
+def test_report_over_seeds(root, tmp_path, capsys):
+    values = {0: (91.25, 93.5), 1: (90.5, 93.75)}  # pruned and teacher
+    for seed, (accuracy, above) in values.items():
+        base = tmp_path / str(seed)
+        shutil.copytree(root / "runs", base)
+        for name, change in (("teacher", {"accuracy": above}), (
+                "pruned", {"accuracy": accuracy, "teacher_accuracy": above})):
+            info = tas.read_json(base / name / "run.json")
+            info["settings"]["seed"] = seed
+            info["result"] |= change
+            (base / name / "run.json").write_text(json.dumps(info))
+    assert run("report {tmp}/0 {tmp}/1 --out {tmp}/report", tmp=tmp_path) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert text.splitlines()[0] in capsys.readouterr().out
+    found, unpruned = cells(text, "tas"), cells(text, "unpruned")
+    assert len(found) == len(unpruned) == 1
+    for row, place in ((found[0], 0), (unpruned[0], 1)):
+        scores = [v[place] for v in values.values()]
+        mean, spread = statistics.mean(scores), statistics.stdev(scores)
+        assert row["accuracy %"] == f"{mean:.2f} ± {spread:.2f}"
+        assert row["seeds"] == "0 1" and row["arch"] == "resnet20"
+    drop = statistics.mean(above - accuracy for accuracy, above in values.values())
+    assert float(found[0]["drop"]) == pytest.approx(drop, abs=0.006)
+    shape = tas.Shape.load(root / "runs" / "search" / "shape.json")
+    assert float(found[0]["MACs M"].split(" ± ")[0]) == pytest.approx(
+        tas.count_macs(shape) / 1e6, abs=0.006)
+    assert float(found[0]["removed %"]) == pytest.approx(
+        100 - 100 * tas.count_macs(shape) / tas.count_macs(shape.full), abs=0.06)
+    image = Image.open(tmp_path / "report" / "report.png")
+    assert image.format == "PNG" and image.width >= 800 and image.height >= 400
+    colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) > 20
 
 
-def test_search_step_never_waits_for_the_device(monkeypatch):
-    """No value of a tensor is read in a whole search step."""
-    step, meter = search_step("off", tas.Space("resnet20", 10, 8))
-    batch = torch.randn(4, 3, 8, 8), torch.arange(4)
-
-    def trip(*_, **__):
-        raise AssertionError("a tensor was read")
-
-    for name in ("item", "cpu", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__",
-                 "__repr__"):
-        monkeypatch.setattr(torch.Tensor, name, trip)
-    with pytest.raises(AssertionError):
-        torch.ones(()).item()
-    for _ in range(2):
-        step(batch, batch, meter, meter)
+def test_report_of_trainings_alone(root, tmp_path, capsys):
+    shutil.copytree(root / "runs" / "teacher", tmp_path / "teacher")
+    assert run("report {tmp}", tmp=tmp_path) == 0
+    assert len(cells((tmp_path / "report.md").read_text(), "unpruned")) == 1
+    assert not (tmp_path / "report.png").exists()
+    assert "report.png" not in capsys.readouterr().out
 
 
-def test_steps_get_the_gradients_that_they_need_only():
-    step, meter = search_step("off", tas.Space("resnet20", 10, 8))
-    batch, asked = (torch.randn(4, 3, 8, 8), torch.arange(4)), []
-    original = step.step
-
-    def spy(loss, params, optimizer):
-        others = [p for p in step.weights + step.sizes if all(p is not q for q in params)]
-        asked.append(([p.requires_grad for p in params], [p.requires_grad for p in others]))
-        original(loss, params, optimizer)
-
-    step.step = spy
-    step(batch, batch, meter, meter)
-    assert len(asked) == 2
-    assert all(all(mine) and not any(others) for mine, others in asked)
-
-
-def test_search_step_is_one_graph_each_without_recompilation(monkeypatch):
-    from torch._dynamo.testing import CompileCounter
-    counter, compile_ = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: compile_(f, backend=counter, **how))
-    step, meter = search_step("on", tas.Space("resnet20", 10, 8))
-    batch = torch.randn(4, 3, 8, 8), torch.arange(4)
-    for i in range(20):
-        step.tau.fill_(10 - i * 0.5)
-        step.optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
-        step(batch, batch, meter, meter)
-    assert counter.frame_count == 2  # the loss of the weights and that of the sizes
+@pytest.mark.parametrize("what", ["resnet20", "resnet50", "good", "search"])
+def test_describe_accounts_for_all_macs(root, tmp_path, capsys, what):
+    if what == "good":
+        what = tmp_path / "shape.json"
+        what.write_text(json.dumps(good_fields()))
+        shape = tas.Shape.load(what)
+    elif what == "search":
+        what = root / "runs" / "search"
+        shape = tas.Shape.load(what / "shape.json")
+    else:
+        shape = tas.Space(what, 10 if what == "resnet20" else 1000).full
+    assert run(f"describe {what}") == 0
+    out = capsys.readouterr().out
+    rows = re.findall(r"^(\S+) +(\d+) +(\d+) +([\d,]+) +([\d.]+)%", out, re.M)
+    macs = [int(row[3].replace(",", "")) for row in rows]
+    assert sum(macs) == tas.count_macs(shape)
+    assert sum(float(row[4]) for row in rows) == pytest.approx(100, abs=0.05 * len(rows))
+    blocks = [w for row in shape.stages for w in row]
+    convs = [int(row[1]) for row in rows if ".conv" in row[0] and row[1] != "0"]
+    assert convs == [c for w in blocks for c in w]
+    dropped = sum(map(len, shape.full.stages)) - len(blocks)
+    assert out.count("dropped") == dropped * len(blocks[0])
 
 
-def test_two_processes_search_together(place, tmp_path):
-    """Both halves of every batch are seen, one directory is written, and it can be read."""
-    out = tmp_path / "two"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           tas.__file__, "search", "--arch", "resnet20", *place, "--epochs", "1",
-                           "--out", str(out)], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("next: ") == 1
-    assert tas.Shape.load(out / "shape.json").arch == "resnet20"
+def test_load_of_a_shape_file(tmp_path):
+    (tmp_path / "shape.json").write_text(json.dumps(good_fields()))
+    net = tas.load(tmp_path / "shape.json")
+    assert not net.training and net(torch.zeros(2, 3, 8, 8)).shape == (2, 2)
 
 
-def test_importing_loads_neither_plots_nor_data_sets():
-    code = "import sys, tas; print(sorted({'matplotlib', 'torchvision'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=Path(tas.__file__).parent, timeout=300)
-    assert done.stdout == "[]\n", done.stderr
+def test_bench(root, tmp_path):
+    status, out, err = finish(start(
+        "bench --arch resnet20 --batch-size 2 --image-size 8 --rounds 1 --precision fp32 "
+        "--shape {root}/runs/search/shape.json --json {tmp}/bench.json", root=root, tmp=tmp_path))
+    assert status == 0, err
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["batch_size"] == 2 and found["torch"] == torch.__version__
+    assert found["threads"] >= 1 and found["machine"]
+    rows = {row["case"]: row for row in found["rows"]}
+    assert len(rows) == len(found["rows"]) == 8
+    for row in rows.values():
+        assert row["precision"] == "fp32" and row["ms"] > 0 and row["case"] in out
+        base = rows[row["to"]]["ms"]  # both are rounded to 0.005 ms
+        assert row["ratio"] == pytest.approx(
+            row["ms"] / base, abs=6e-4 + 0.006 * (row["ms"] / base + 1) / base)
+    shape = tas.Shape.load(root / "runs" / "search" / "shape.json")
+    ratio = tas.count_macs(shape) / tas.count_macs(shape.full)
+    assert found["macs_ratio"]["shape"] == pytest.approx(ratio * 1, abs=0.01)
+
+
+@pytest.mark.parametrize("command", [
+    "", "train", "search", "prune", "eval", "export", "describe", "bench", "report"])
+def test_help_fits_one_screen(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        run(command + " --help")
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert out.count("\n") <= 60 and out.startswith("usage: ")
+
+
+def test_import_is_light():
+    names = "matplotlib", "torchvision", "tqdm"
+    code = "import sys, torch; before = set(sys.modules); import tas; " \
+           f"print([n for n in {names} if n in set(sys.modules) - before])"
+    status, out, err = finish(start("", "-c", code))
+    assert (status, out, err) == (0, "[]\n", "")
+
+
+def test_synthetic_data_needs_no_files(tmp_path):
+    """The command of the smoke run, as a user types it."""
+    line = "prune --data synthetic --arch resnet20 --epochs 1 --batch-size 512 --precision bf16 " \
+           "--method uniform --out {tmp}/runs"
+    status, out, err = finish(start(line, tmp=tmp_path))
+    assert status == 0, err
+    assert out.count("next: ") == 3 and "accuracy" in out
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["pruned", "search", "teacher"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Switches
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("switch", [
+    "--search width", "--search depth", "--method random", "--method uniform", "--num-samples 1",
+    "--num-samples 8", "--sampler softmax", "--align pad", "--round 8", "--tolerance 0.02",
+    "--method random --search width --round 4", "--flops 1.3M", "--method uniform --round 2"])
+def test_switches_of_the_search(root, tmp_path, switch):
+    switch += " --flops 0.65" if "depth" in switch else ""
+    assert run(SEARCH + " {switch} --out {tmp}/run", root=root, tmp=tmp_path, switch=switch) == 0
+    shape = tas.Shape.load(tmp_path / "run" / "shape.json")
+    full = shape.full
+    share = 0.65 if "depth" in switch else 0.5
+    if "1.3M" in switch:
+        share = 1.3e6 / tas.count_macs(full)
+    tolerance = 0.02 if "0.02" in switch else 0.05
+    assert abs(tas.count_macs(shape) / tas.count_macs(full) / share - 1) <= tolerance + 1e-6
+    blocks = [w for row in shape.stages for w in row]
+    if "--search depth" in switch:
+        assert shape.stem == 16 and all(
+            w == s[0] for row, s in zip(shape.stages, full.stages) for w in row)
+    if "--search width" in switch or "uniform" in switch:
+        assert list(map(len, shape.stages)) == [3, 3, 3]
+    if "--round" in switch:
+        to = int(switch.split("--round ")[1].split()[0])
+        assert [c % to for w in blocks for c in w] == [0] * 2 * len(blocks)
+    kept = tas.read_json(tmp_path / "run" / "run.json")["settings"]
+    for flag, value in re.findall(r"--(\S+) (\S+)", switch.split(" --flops")[0]):
+        if flag != "flops":
+            assert str(kept[flag.replace("-", "_")]) == value
+
+
+def test_samplers_and_alignments_differ(root, tmp_path):
+    """A switch that changes nothing would be no switch."""
+    losses = set()
+    for i, switch in enumerate(("", "--sampler softmax", "--align pad", "--num-samples 8")):
+        assert run(SEARCH + f" {switch} --out {tmp_path}/{i}", root=root) == 0
+        losses.add(metrics(tmp_path / str(i))[0]["val_loss"])
+    assert len(losses) == 4
+
+
+@pytest.mark.parametrize("transfer", ["none", "init", "kd"])
+def test_transfer(root, tmp_path, monkeypatch, transfer):
+    """The network starts from the teacher's first channels with `init` and only then; the teacher
+    guides it with `kd` and only then."""
+    seen = []
+
+    class Spy(tas.TrainStep):
+        def __init__(self, net, args, context, precision, teacher=None):
+            seen.append(({k: v.clone() for k, v in net.state_dict().items()}, teacher))
+            super().__init__(net, args, context, precision, teacher)
+
+    monkeypatch.setattr(tas, "TrainStep", Spy)
+    assert run(f"train {ONE} --shape {{root}}/runs/search/shape.json --transfer {transfer} "
+               "--teacher {root}/runs/teacher --out {tmp}/run", root=root, tmp=tmp_path) == 0
+    [(state, teacher)] = seen
+    source = torch.load(root / "runs" / "teacher" / "weights.pt", weights_only=True)
+    assert (teacher is not None) == (transfer == "kd")
+    assert teacher is None or equal(
+        {k: v for k, v in teacher.state_dict().items() if "num_batches" not in k},
+        {k: v for k, v in source.items() if "num_batches" not in k})
+    shape = tas.Shape.load(root / "runs" / "search" / "shape.json")
+    corners = [(name, tuple(slice(n) for n in tensor.shape))
+               for name, tensor in tas.ResNet(shape).state_dict().items()
+               if name in source and name.endswith("weight") and tensor.ndim > 1]
+    same = [torch.equal(state[name][at], source[name][at]) for name, at in corners]
+    assert len(same) > 8 and same == [transfer == "init"] * len(same)
+
+
+# ------------------------------------------------------------------------------------------------
+# Photographs
+# ------------------------------------------------------------------------------------------------
+
+def test_photographs(tmp_path):
+    photographs = SHARED / "data" / "imagenette-mini"
+    if not photographs.is_dir():
+        pytest.skip("the photographs are not here")
+    for part, count in (("train", 16), ("val", 4)):
+        for folder in sorted((photographs / part).iterdir())[:2]:
+            (tmp_path / "data" / part / folder.name).mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:count]:
+                shutil.copy(path, tmp_path / "data" / part / folder.name)
+    assert run("prune --data imagenet --data-dir {tmp}/data --arch resnet18 --image-size 72 "
+               "--epochs 1 --batch-size 8 --workers 1 --flops 0.5 --method tas --search width "
+               "--precision bf16 --out {tmp}/runs", tmp=tmp_path) == 0
+    net = tas.load(tmp_path / "runs" / "pruned")
+    assert abs(tas.count_macs(net.shape) / tas.count_macs(net.shape.full) - 0.5) <= 0.025
+    assert net(torch.zeros(1, 3, 72, 72)).shape == (1, 2)
+    for part in ("teacher", "search", "pruned"):
+        assert [line["epoch"] for line in metrics(tmp_path / "runs" / part)] == [1]
+    weight_decay = tas.read_json(tmp_path / "runs" / "teacher" / "run.json")["settings"]
+    assert weight_decay["weight_decay"] == 1e-4
