@@ -138,7 +138,14 @@ class Shape:
     @property
     def full(self):
         """The unpruned Shape that this one comes from."""
-        return Space(self.arch, self.num_classes, self.image_size).full
+        return self.unpruned(self.arch, self.num_classes, self.image_size)
+
+    @classmethod
+    def unpruned(cls, arch, num_classes, image_size):
+        """The full Shape of an arch."""
+        spec = ARCHS[arch]
+        return cls(arch, num_classes, image_size, spec.widths[0],
+                   [[spec.block_widths(s)] * n for s, n in enumerate(spec.depths)])
 
     @classmethod
     def load(cls, path):
@@ -178,9 +185,7 @@ class Space:
     def __init__(self, arch, num_classes=10, image_size=None, search="both", round_to=1):
         _check_arch(arch)
         spec = ARCHS[arch]
-        stages = [[spec.block_widths(s)] * n for s, n in enumerate(spec.depths)]
-        full = Shape(arch, num_classes, image_size or (32 if spec.small else 224), spec.widths[0],
-                     stages)
+        full = Shape.unpruned(arch, num_classes, image_size or (32 if spec.small else 224))
         depths = [{*range(1, n + 1, 1 if n <= 3 else 2), n} for n in spec.depths]
         self._tabulate(
             full,
@@ -758,7 +763,8 @@ def _shape_in_band(space, log_p, log_q, target, tolerance, rule):
                     return end.shape(0)
     raise TASError(f"no shape has {target:,.0f} MACs within {tolerance:.1%}; possible are {low:,} "
                    f"to {high:,} ({low / count_macs(space.full):.3f} to "
-                   f"{high / count_macs(space.full):.3f} of the unpruned network); choose another --flops")
+                   f"{high / count_macs(space.full):.3f} of the unpruned network); choose another "
+                   "--flops")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -796,7 +802,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's conven
 
 
 def normalize(images):
-    """uint8 images [N, 3, H, W] -> the float input of every network here, (x / 255 - mean) / std."""
+    """uint8 images [N, 3, H, W] -> the float input of every network, (x / 255 - mean) / std."""
     mean, std = _mean_std(images.device)
     return (images - mean) / std
 
@@ -836,7 +842,8 @@ class SmallImages:
             if train:
                 shift = torch.randint(-pad, pad + 1, (2, len(index), 1), device=device)
                 flip = torch.rand(len(index), 1, device=device) < 0.5
-                row, column = row + shift[0], torch.where(flip, size - 1 - column, column) + shift[1]
+                row = row + shift[0]
+                column = torch.where(flip, size - 1 - column, column) + shift[1]
             index, row, column = (t[rank::world] for t in (index, row, column))
             row, column = row[:, :, None], column[:, None]
             pixel = (index[:, None, None] * size + row) * size + column  # [B, H, W]
@@ -1240,9 +1247,9 @@ def run_epochs(run, args, parts, steps, train_epoch, note=lambda line: ""):
         try:
             line = {"epoch": epoch + 1, **train_epoch(epoch, tick)}
         except FloatingPointError as error:
-            raise TASError(f"{run.path}: the loss is not finite in epoch {epoch + 1}, step {error}, "
-                           f"with --lr {args.lr:g}; lower --lr (and choose another --out); the "
-                           "checkpoint of the epoch before is kept") from None
+            raise TASError(f"{run.path}: the loss is not finite in epoch {epoch + 1}, step "
+                           f"{error}, with --lr {args.lr:g}; lower --lr (and choose another "
+                           "--out); the checkpoint of the epoch before is kept") from None
         metrics.append(line | {"seconds": round(time.perf_counter() - start, 2)})
         run.save(parts, metrics)
         if show and bar is None:
@@ -1317,6 +1324,10 @@ def pad_channels(net, multiple=8):
             for name in ("weight", "bias", "running_mean", "running_var"):
                 pad(m, name, 0, -m.num_features % multiple)
     return net
+
+
+def _channels_last(net, device):
+    return net.to(device, memory_format=torch.channels_last)
 
 
 def maybe_compile(function, args, device):
@@ -1442,10 +1453,10 @@ def train_network(run, args, context, data, net, teacher=None):
     device, n = context.device, len(data.train.labels)
     steps = n // args.batch_size
     pad_channels(net)
-    net.to(device, memory_format=torch.channels_last)
+    _channels_last(net, device)
     precision = choose_precision(run, args, net, net.shape.image_size, context)
     if teacher is not None:
-        teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        _channels_last(teacher, device).eval().requires_grad_(False)
     train_step = TrainStep(net, args, context, precision, teacher)
     warmup = min(5, args.epochs / 10) * steps
 
@@ -1479,7 +1490,7 @@ def search_sizes(run, args, context, data, space, target):
     halves = split_halves(data.train.labels, args.seed)
     splits = [copy.copy(data.train), copy.copy(data.train)]  # each with its own worker processes
     steps = min(map(len, halves)) // args.batch_size
-    net = SuperResNet(space, args.align).to(context.device, memory_format=torch.channels_last)
+    net = _channels_last(SuperResNet(space, args.align), context.device)
     space.to(context.device)
     with torch.no_grad(), torch.random.fork_rng():
         sample = sample_sizes(net.alpha, net.beta, 1.0, args.num_samples)
@@ -1542,7 +1553,8 @@ def setup(args):
                        "or leave it out") from None
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world:
-        raise TASError(f"--batch-size {args.batch_size} must be a multiple of the {world} processes")
+        raise TASError(f"--batch-size {args.batch_size} must be a multiple of the {world} "
+                       "processes")
     if world > 1 and not torch.distributed.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1577,7 +1589,8 @@ def run_settings(args, data, **more):
     """What determines the result of a run, and nothing else."""
     names = ["command", "data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
              "precision"]
-    images = f"{len(data.train.labels)} + {len(data.test.labels)} images, {len(data.classes)} classes"
+    images = (f"{len(data.train.labels)} + {len(data.test.labels)} images, "
+              f"{len(data.classes)} classes")
     return {**{k: getattr(args, k) for k in names}, "images": images, **more}
 
 
@@ -1620,7 +1633,7 @@ def load_teacher(path, shape):
         except Exception as error:  # no such model, no network ...
             raise TASError(f"--teacher torchvision: no weights of {shape.arch} to be had "
                            f"({str(error)[:80]}); train a teacher instead") from None
-        net = ResNet(Space(shape.arch, len(weights["fc.bias"]), shape.image_size).full)
+        net = ResNet(Shape.unpruned(shape.arch, len(weights["fc.bias"]), shape.image_size))
         net.load_state_dict(weights)
     else:
         net = load(path)
@@ -1645,8 +1658,7 @@ def finish(run, shape, metrics, **result):
 
 def place(args):
     """The flags that name the data, for the next command."""
-    flags = f"--data {args.data} --data-dir {args.data_dir}"
-    return flags.removesuffix(" --data-dir data").removesuffix(f" --data-dir {Path('data')}")
+    return f"--data {args.data} --data-dir {args.data_dir}".removesuffix(" --data-dir data")
 
 
 def command_train(args):
@@ -1663,7 +1675,7 @@ def command_train(args):
         raise TASError(f"--transfer {args.transfer} needs --teacher DIR, a trained {args.arch}")
     context = setup(args)
     data = open_data(args, args.arch, context)
-    full = Space(args.arch, len(data.classes), args.image_size).full
+    full = Shape.unpruned(args.arch, len(data.classes), args.image_size)
     shape = shape or full
     for name in ("num_classes", "image_size"):
         if getattr(shape, name) != getattr(full, name):
@@ -1705,12 +1717,14 @@ def command_search(args):
     if args.arch_lr is None:
         steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
         args.arch_lr = min(0.05, max(1e-3, 59 / max(1, steps)))
-    extract(space, torch.zeros(len(space.widths), space.K), torch.zeros(len(space.depths), space.D),
-            target, args.tolerance)  # a target out of reach ends here, before anything is written
+    out = Path(args.out or f"runs/{args.data}-{args.arch}/search")
+    if not (out / "run.json").exists():  # a target out of reach ends before anything is written
+        extract(space, torch.zeros(len(space.widths), space.K),
+                torch.zeros(len(space.depths), space.D), target, args.tolerance)
     if args.method == "uniform":
         shape = scale_shape(space, target, args.tolerance, args.round)
     names = ["search", "method", "num_samples", "sampler", "align", "round", "tolerance", "arch_lr"]
-    run = Run(args.out or f"runs/{args.data}-{args.arch}/search", run_settings(
+    run = Run(out, run_settings(
         args, data, arch=args.arch, target=target, **{k: getattr(args, k) for k in names}),
         args, context)
     if run.result is None:
@@ -1826,10 +1840,10 @@ def command_describe(args):
                         int(space.project_cost[block]) * c_in * c)
                 block += 1
     row("classifier", shape.num_classes, shape.num_classes, c * shape.num_classes)
-    print(f"{shape.arch}, {shape.num_classes} classes, {shape.image_size} pixels: {summary(shape)}\n"
-          f"next: python tas.py train --data DATA --shape {args.network}" if shape != full else
-          f"{shape.arch}: {summary(shape)}\nnext: python tas.py prune --data DATA --arch {shape.arch}"
-          " --flops 0.5")
+    print(f"{shape.arch}, {shape.num_classes} classes, {shape.image_size} pixels: {summary(shape)}")
+    print("next: python tas.py " + (
+        f"train --data DATA --shape {args.network}" if shape != full else
+        f"prune --data DATA --arch {shape.arch} --flops 0.5"))
 
 
 def command_bench(args):
@@ -1869,7 +1883,8 @@ def command_bench(args):
     print("MACs: " + ", ".join(f"{name} {ratio:.1%}" for name, ratio in macs.items()))
     if args.json:
         write_json(args.json, {
-            "command": args.line, "machine": machine(), "torch": torch.__version__, "arch": args.arch,
+            "command": args.line, "machine": machine(), "torch": torch.__version__,
+            "arch": args.arch,
             "threads": torch.get_num_threads(), "batch_size": args.batch_size, "rows": rows,
             "macs_ratio": macs, "peak_memory_mb": memory})
     print(f"next: python tas.py prune --data cifar10 --arch {args.arch} --flops 0.5")
@@ -1900,10 +1915,6 @@ def _bench_cases(args, context, space, shapes, precision):
                     return net(x)
             cases.append((f"inference, {name}, batch {n}", infer))
     return cases
-
-
-def _channels_last(net, device):
-    return net.to(device, memory_format=torch.channels_last)
 
 
 def _peak_memory(arch, batch, size, precision, search):
@@ -1948,7 +1959,8 @@ def _report_rows(runs):
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             return f"{statistics.mean(values):.{digits}f}{spread}" if values else "-"
 
-        drops = [r["teacher_accuracy"] - r["accuracy"] for r in results if r.get("teacher_accuracy")]
+        drops = [r["teacher_accuracy"] - r["accuracy"]
+                 for r in results if r.get("teacher_accuracy")]
         known = [images.startswith("50000 + 10000") and images.endswith(f" {n} classes")
                  for n in (10, 100)] + [data == "imagenet"]
         paper = PAPER.get(arch, ())[2 * known.index(True) % 4:][:2] if any(known) else ()
@@ -1959,7 +1971,8 @@ def _report_rows(runs):
                f"{statistics.mean(drops):.2f}" if drops else "-",
                " ".join(str(info["settings"]["seed"]) for info in infos),
                f"{search_epochs or 0} + {epochs}" if kind.startswith("tas") else str(epochs),
-               mean("seconds", 60, 1), f"{paper[0]} at {paper[1]}" if paper and kind == "tas" else "-"]
+               mean("seconds", 60, 1),
+               f"{paper[0]} at {paper[1]}" if paper and kind == "tas" else "-"]
 
 
 def command_report(args):
@@ -1981,8 +1994,8 @@ def command_report(args):
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     out = Path(args.out or args.dirs[0])
     write_file(out / "report.md", (
-        f"{table}\nAccuracy is that of the last epoch on the test images, mean ± standard deviation "
-        f"over the seeds. Machine: {'; '.join(machines)}.\n").encode())
+        f"{table}\nAccuracy is that of the last epoch on the test images, mean ± standard "
+        f"deviation over the seeds. Machine: {'; '.join(machines)}.\n").encode())
     print(table, end="")
     print(f"{out / 'report.md'}" + (f", {out / 'report.png'}" if searches else ""))
     if searches:
@@ -2024,7 +2037,8 @@ def _draw_report(directory, path):
                              marker=mark if len(epoch) < 40 else "", label=label)
         axes[panel].set(xlabel="epoch", ylabel=unit)
         axes[panel].xaxis.get_major_locator().set_params(integer=True)
-        axes[panel].legend(frameon=False)
+        axes[panel].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3,
+                           fontsize="small", handlelength=1.2, columnspacing=1)
     n, found, at = len(ARCHS[shape.arch].kernels), [shape.stem], 1
     for blocks, widest in zip(shape.stages, full.stages):
         found += itertools.chain(*blocks, [0] * n * (len(widest) - len(blocks)))
@@ -2092,7 +2106,7 @@ OPTIONS = {  # group -> (flag, argument type, default, help)
         ("--epochs", number(int, 1, 100_000), None,
          "train 300, search 600, ImageNet 120 (paper)"),
         ("--batch-size", number(int, 1, 1_000_000), 256, "over all processes (256, paper)"),
-        ("--lr", number(float, 1e-9, 1e9), 0.1, "learning rate of the weights, cosine (0.1, paper)"),
+        ("--lr", number(float, 1e-9, 1e9), 0.1, "of the weights, cosine to 0 (0.1, paper)"),
         ("--weight-decay", number(float, 0, 1), None, "5e-4, ImageNet 1e-4 (paper)"),
         ("--seed", number(int, 0, 2 ** 62), 0, "of everything random (0)")],
     "target": [
@@ -2114,7 +2128,7 @@ OPTIONS = {  # group -> (flag, argument type, default, help)
         ("--out", str, None, "run directory (runs/DATA-ARCH/STEP); reruns resume there"),
         ("--device", str, "auto", "cpu, cuda, ... (auto)"),
         ("--workers", number(int, 0, 256), min(8, os.cpu_count()), "processes that read images"),
-        ("--precision", one_of("auto", "fp32", "bf16"), "auto", "auto fp32 bf16 (auto: the faster)"),
+        ("--precision", one_of("auto", "fp32", "bf16"), "auto", "auto fp32 bf16 (the faster)"),
         ("--compile", one_of("auto", "on", "off"), "auto", "auto on off (auto: on CUDA)"),
         ("--quiet", None, False, "print results only")]}
 _RUN = ["network", "data", "schedule", "running"]
