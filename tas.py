@@ -40,63 +40,65 @@ import torch.nn.functional as F
 
 ABSENT = -1e4  # logit of a candidate that a row of alpha or beta does not have: probability 0
 
-
 class TASError(ValueError):
     """A mistake that the user can mend: the message names the thing and the remedy."""
 
+@contextlib.contextmanager
+def explain(message, kind=Exception):
+    """Turn errors of a kind into a TASError: `message`, with the reason in the place of {}."""
+    try:
+        yield
+    except TASError:
+        raise
+    except kind as error:
+        reason = (getattr(error, "strerror", None) or str(error)).strip().split("\n")[0][:120]
+        raise TASError(message.replace("{}", reason)) from None
 
 def nearest(word, options):
     """A hint such as " (did you mean resnet56?)", or "" when nothing is near."""
     near = difflib.get_close_matches(str(word), list(options), 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
-
-# ------------------------------------------------------------------------------------------------
-# Shapes and their cost
-# ------------------------------------------------------------------------------------------------
+# ---- Shapes and their cost ----------------------------------------------------------------------
 
 class Arch(NamedTuple):
     """An unpruned network. A block's stride is in its first 3x3 conv."""
 
-    depths: tuple  # blocks of each stage
-    widths: tuple  # channels of each stage; a bottleneck's last conv has four times as many
-    kernels: tuple  # kernel size of each conv of a block
     small: bool  # CIFAR: 3x3 stem, pooled shortcuts; else ImageNet: 7x7 stem, max pooling
+    kernels: tuple  # kernel size of each conv of a block
+    stages: list  # channels of the convs of every block
 
-    def block_widths(self, stage):
-        """Channels of the convs of one unpruned block."""
-        width = self.widths[stage]
-        return [width, width] if self.kernels == BASIC else [width, width, 4 * width]
+def _arch(*depths, bottleneck=False):
+    channels = (16, 32, 64) if len(depths) == 3 else (64, 128, 256, 512)
+    return Arch(len(depths) == 3, (1, 3, 1) if bottleneck else (3, 3), [
+        [[c, c, 4 * c] if bottleneck else [c, c]] * n for c, n in zip(channels, depths)])
 
-
-BASIC, BOTTLENECK = (3, 3), (1, 3, 1)
-CIFAR, IMAGENET = (16, 32, 64), (64, 128, 256, 512)
-ARCHS = {
-    **{f"resnet{6 * n + 2}": Arch((n, n, n), CIFAR, BASIC, True) for n in (3, 5, 7, 9, 18)},
-    "resnet164": Arch((18, 18, 18), CIFAR, BOTTLENECK, True),
-    "resnet18": Arch((2, 2, 2, 2), IMAGENET, BASIC, False),
-    "resnet34": Arch((3, 4, 6, 3), IMAGENET, BASIC, False),
-    "resnet50": Arch((3, 4, 6, 3), IMAGENET, BOTTLENECK, False),
-    "resnet101": Arch((3, 4, 23, 3), IMAGENET, BOTTLENECK, False)}
-
+ARCHS = {"resnet20": _arch(3, 3, 3), "resnet32": _arch(5, 5, 5), "resnet44": _arch(7, 7, 7),
+         "resnet56": _arch(9, 9, 9), "resnet110": _arch(18, 18, 18),
+         "resnet164": _arch(18, 18, 18, bottleneck=True), "resnet18": _arch(2, 2, 2, 2),
+         "resnet34": _arch(3, 4, 6, 3), "resnet50": _arch(3, 4, 6, 3, bottleneck=True),
+         "resnet101": _arch(3, 4, 23, 3, bottleneck=True)}
 
 def _check_arch(arch):
     if not isinstance(arch, str) or arch not in ARCHS:
         raise TASError(f"unknown arch {str(arch)[:40]!r}{nearest(arch, ARCHS)}; "
                        f"known: {', '.join(ARCHS)}")
 
-
-def _check_int(name, value, low, high):
-    if type(value) is not int or not low <= value <= high:
+def _check(name, value, most, least=1):
+    """TASError unless `value` is a whole number up to `most` or, where that is a list, a list of
+    such, as long as it; only of the blocks of a stage, lists of numbers, there may be fewer."""
+    if isinstance(most, int):
+        what = f"a whole number from {least} to {most}"
+        right = type(value) is int and least <= value <= most
+    else:
+        few = len(most) if isinstance(most[0], int) or isinstance(most[0][0], list) else 1
+        what = f"a list of {few} to {len(most)} items"
+        right = isinstance(value, (list, tuple)) and few <= len(value) <= len(most)
+    if not right:
         huge = type(value) is int and abs(value) > 10 ** 40  # too long to print
-        got = "a huge one" if huge else repr(value)[:40]
-        raise TASError(f"{name} must be a whole number from {low} to {high}, not {got}")
-
-
-def _check_list(name, value, low, high):
-    if not isinstance(value, (list, tuple)) or not low <= len(value) <= high:
-        raise TASError(f"{name} must be a list of {low} to {high} items, not {str(value)[:40]}")
-
+        raise TASError(f"{name} must be {what}, not {'a huge one' if huge else str(value)[:40]}")
+    for i, part in enumerate(value if isinstance(most, list) else ()):
+        _check(f"{name}[{i}]", part, most[i])
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -114,17 +116,10 @@ class Shape:
 
     def __post_init__(self):
         _check_arch(self.arch)
-        arch = ARCHS[self.arch]
-        _check_int("num_classes", self.num_classes, 2, 25_000)
-        _check_int("image_size", self.image_size, 8, 1024)
-        _check_int("stem", self.stem, 1, arch.widths[0])
-        _check_list("stages", self.stages, len(arch.depths), len(arch.depths))
-        for s, blocks in enumerate(self.stages):
-            _check_list(f"stages[{s}]", blocks, 1, arch.depths[s])
-            for b, widths in enumerate(blocks):
-                _check_list(f"stages[{s}][{b}]", widths, len(arch.kernels), len(arch.kernels))
-                for i, (width, full) in enumerate(zip(widths, arch.block_widths(s))):
-                    _check_int(f"stages[{s}][{b}][{i}]", width, 1, full)
+        stages = ARCHS[self.arch].stages
+        for name, most, least in (("num_classes", 25_000, 2), ("image_size", 1024, 8),
+                                  ("stem", stages[0][0][0], 1), ("stages", stages, 1)):
+            _check(name, getattr(self, name), most, least)
         object.__setattr__(self, "stages", [[list(w) for w in blocks] for blocks in self.stages])
 
     def __hash__(self):
@@ -141,37 +136,31 @@ class Shape:
         return self.unpruned(self.arch, self.num_classes, self.image_size)
 
     @classmethod
-    def unpruned(cls, arch, num_classes, image_size):
-        """The full Shape of an arch."""
-        spec = ARCHS[arch]
-        return cls(arch, num_classes, image_size, spec.widths[0],
-                   [[spec.block_widths(s)] * n for s, n in enumerate(spec.depths)])
+    def unpruned(cls, arch, num_classes, image_size=None):
+        """The full Shape of an arch; image_size in pixels, 32 or 224 when it is None."""
+        _check_arch(arch)
+        small, _, stages = ARCHS[arch]
+        return cls(arch, num_classes, image_size or (32 if small else 224), stages[0][0][0], stages)
 
     @classmethod
     def load(cls, path):
         """The Shape of a JSON file; TASError names what is wrong with it."""
         fields = read_json(path)
-        names = [field.name for field in dataclasses.fields(cls)]
-        if wrong := sorted(set(names) ^ set(fields)):
-            raise TASError(f"{path}: a shape has the fields {', '.join(names)}; "
-                           f"missing or unknown: {', '.join(wrong)[:80]}")
         try:
             return cls(**fields)
-        except TASError as error:
-            raise TASError(f"{path}: {error}") from None
+        except (TASError, TypeError) as error:  # a wrong value; a missing or unknown field
+            raise TASError(f"{path}: {str(error).replace('__init__() ', '')[:280]}") from None
 
     def save(self, path):
         """Write the Shape as JSON, whole or not at all."""
         write_file(path, json.dumps(dataclasses.asdict(self)).encode() + b"\n")
-
 
 def _candidate_widths(channels, round_to):
     """C*k//10 for k = 3..10; with round_to, the nearest multiples of it, and C itself."""
     widths = [channels * k // 10 for k in range(3, 11)]
     if round_to > 1:
         widths = [max(1, (w + round_to // 2) // round_to) * round_to for w in widths]
-    return tuple(sorted({w for w in widths if w < channels} | {channels}))
-
+    return (*sorted({w for w in widths if w < channels}), channels)
 
 class Space:
     """What may be pruned of an arch (paper: search space): a width for every conv, a depth for
@@ -183,73 +172,63 @@ class Space:
     """
 
     def __init__(self, arch, num_classes=10, image_size=None, search="both", round_to=1):
-        _check_arch(arch)
-        spec = ARCHS[arch]
-        full = Shape.unpruned(arch, num_classes, image_size or (32 if spec.small else 224))
-        depths = [{*range(1, n + 1, 1 if n <= 3 else 2), n} for n in spec.depths]
+        full = Shape.unpruned(arch, num_classes, image_size)
         self._tabulate(
-            full,
-            [(c,) if search == "depth" else _candidate_widths(c, round_to) for c in full.convs],
-            [(max(d),) if search == "width" else tuple(sorted(d)) for d in depths])
+            full, [(c,) if search == "depth" else _candidate_widths(c, round_to)
+                   for c in full.convs],
+            [(n,) if search == "width" else (*range(1, n, 1 if n <= 3 else 2), n)
+             for n in map(len, full.stages)])
 
     @classmethod
     def single(cls, shape):
         """The space whose only member is `shape`."""
         space = cls.__new__(cls)
-        space._tabulate(shape, [(c,) for c in shape.convs], [(len(s),) for s in shape.stages])
+        space._tabulate(shape, [[c] for c in shape.convs], [[len(s)] for s in shape.stages])
         return space
 
     def _tabulate(self, full, widths, depths):
         """Tables of the cost function, float64: exact for whole numbers up to 2^53."""
-        self.full, self.widths, self.depths = full, widths, depths
+        arch, half = ARCHS[full.arch], lambda size: -(-size // 2)
+        self.full, self.widths, self.depths, self.n = full, widths, depths, len(arch.kernels)
         self.K, self.D = max(map(len, widths)), max(map(len, depths))
         self.starts = list(itertools.accumulate(map(len, full.stages), initial=0))  # first blocks
-        arch, size = ARCHS[full.arch], full.image_size
-        self.n = len(arch.kernels)  # convs in a block
-        if not arch.small:
-            size = -(-size // 2)
+        size = full.image_size if arch.small else half(full.image_size)
         self.stem_cost = 3 * (9 if arch.small else 49) * size ** 2  # times the stem's channels
-        if not arch.small:
-            size = -(-size // 2)  # max pooling
-        cost, project, free = [], [], []
-        for stage, blocks in enumerate(full.stages):
-            for block in range(len(blocks)):
-                stride = 2 if stage and not block else 1
-                after = -(-size // stride)
-                sizes = [size if arch.kernels[:i + 1] == (1,) else after for i in range(self.n)]
-                cost.append([(k * side) ** 2 for k, side in zip(arch.kernels, sizes)])
-                project.append(after ** 2)
-                free.append(stride == 1)  # no projection where the widths agree
-                size = after
+        size, table = size if arch.small else half(size), []  # max pooling
+        for b in range(self.starts[-1]):
+            before, size = size, half(size) if b in self.starts[1:] else size
+            sides = [before if arch.kernels[:i + 1] == (1,) else size for i in range(self.n)]
+            table.append([*[(k * side) ** 2 for k, side in zip(arch.kernels, sides)], size ** 2,
+                          b not in self.starts[1:]])
+        table = torch.tensor(table).double().T
+        self.conv_cost = table[:-2]  # [n, blocks] times c_in c_out
+        self.project_cost, self.free = table[-2:]  # [blocks]; free: none where the widths agree
         values = sorted(set(itertools.chain(*widths)))
-        self.member = torch.zeros(len(widths), self.K, len(values), dtype=torch.float64)
+        self.values = torch.tensor(values).double()  # [V] every width that occurs
+        self.member = torch.zeros(len(widths), self.K, len(values)).double()
         for j, row in enumerate(widths):  # [convs, K, V] candidate k of conv j is width v
             self.member[j, range(len(row)), [values.index(c) for c in row]] = 1
-        self.values = torch.tensor(values).double()  # [V] every width that occurs
-        self.conv_cost = torch.tensor(cost).double().T  # [n, blocks] times c_in c_out
-        self.project_cost = torch.tensor(project).double()  # [blocks] times c_in c_out
-        self.free = torch.tensor(free).double()  # [blocks]
-        self.last = [torch.tensor(row) - 1 for row in depths]  # the last block of each depth
-        self.reach = [(torch.arange(len(blocks))[:, None] < torch.tensor(row)).double()
-                      for row, blocks in zip(depths, full.stages)]  # [blocks, D] block is kept
+        self.reach, self.leave = torch.zeros(2, len(depths), self.D, self.starts[-1]).double()
+        for s, (row, start) in enumerate(zip(depths, self.starts)):  # [stages, D, blocks]
+            for d, depth in enumerate(row):
+                self.reach[s, d, start:start + depth] = 1  # depth d keeps these blocks,
+                self.leave[s, d, start + depth - 1] = 1  # of which this is the last one
+        self.first = torch.tensor(self.starts[1:-1])  # [stages - 1]
 
     def to(self, device):
         """Move the tables, once, so that the cost is computed where alpha and beta are."""
-        if self.values.device != device:
-            for name, value in vars(self).items():
-                if isinstance(value, torch.Tensor):
-                    setattr(self, name, value.to(device))
-            self.last, self.reach = ([t.to(device) for t in x] for x in (self.last, self.reach))
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor) and value.device != device:
+                setattr(self, name, value.to(device))
         return self
 
     def shape(self, width_index, depth_index):
         """The Shape of one candidate per conv and per stage; indices are sequences of int."""
-        widths = [row[int(i)] for row, i in zip(self.widths, width_index)]
-        blocks = list(zip(*[iter(widths[1:])] * self.n))
-        stages = [blocks[start:start + depths[int(i)]]
-                  for start, depths, i in zip(self.starts, self.depths, depth_index)]
-        return dataclasses.replace(self.full, stem=widths[0], stages=stages)
-
+        stem, *widths = [row[int(i)] for row, i in zip(self.widths, width_index)]
+        blocks = list(zip(*[iter(widths)] * self.n))
+        return dataclasses.replace(self.full, stem=stem, stages=[
+            blocks[start:start + depths[int(i)]]
+            for start, depths, i in zip(self.starts, self.depths, depth_index)])
 
 def _block_macs(conv_cost, project_cost, c_in, widths, same):
     """MACs of a block: convs of `widths` after `c_in` channels, and its projection. `same` is
@@ -260,7 +239,6 @@ def _block_macs(conv_cost, project_cost, c_in, widths, same):
         c_in = c_out
     return macs
 
-
 def expected_macs(space, p, q):
     """Expected MACs of a network whose sizes are independent (paper: expected cost).
 
@@ -270,23 +248,17 @@ def expected_macs(space, p, q):
     paper prints them as FLOPs).
     """
     space.to(p.device)
-    p, q = p.double(), q.double()
+    p, q, values = p.double(), q.double(), space.values
     dist = torch.einsum("ck,ckv->cv", p, space.member)  # [convs, V] P(width of conv = v)
-    mean = dist @ space.values  # [convs]
     ends = dist[space.n::space.n]  # [blocks, V] output widths of blocks
-    enter, sources, keep = dist[0], [], []
-    for s, (last, reach) in enumerate(zip(space.last, space.reach)):
-        blocks, q_s = ends[space.starts[s]:space.starts[s + 1]], q[s, :len(last)]
-        sources += [enter[None], blocks[:-1]]
-        keep.append(reach @ q_s)  # P(depth > b)
-        enter = q_s @ blocks.index_select(0, last)  # [V] the stage ends at a random block
-    source, keep = torch.cat(sources), torch.cat(keep)  # [blocks, V] input widths, [blocks]
-    same = space.free * (source * ends @ space.values ** 2)  # E[c_in c_out 1(c_in = c_out)]
-    blocks = keep * _block_macs(space.conv_cost, space.project_cost, source @ space.values,
-                                mean[1:].view(-1, space.n).T, same)
-    head = enter @ space.values * space.full.num_classes
-    return space.stem_cost * mean[0] + blocks.sum() + head
-
+    exits = torch.einsum("sd,sdb->sb", q, space.leave) @ ends  # [stages, V] of stages
+    source = torch.cat([dist[:1], ends[:-1]]).index_copy(0, space.first, exits[:-1])  # [blocks, V]
+    same = space.free * (source * ends @ values ** 2)  # E[c_in c_out 1(c_in = c_out)]
+    macs = _block_macs(space.conv_cost, space.project_cost, source @ values,
+                       (dist[1:] @ values).view(-1, space.n).T, same)  # [blocks]
+    keep = torch.einsum("sd,sdb->b", q, space.reach)  # [blocks] P(block is kept)
+    return (space.stem_cost * (dist[0] @ values) + keep @ macs
+            + space.full.num_classes * (exits[-1] @ values))
 
 def argmax_macs(space, p, q):
     """MACs of the most probable network, a 0-d tensor on the device of p and q."""
@@ -294,45 +266,33 @@ def argmax_macs(space, p, q):
         return torch.arange(t.shape[1], device=t.device) == t.argmax(-1, keepdim=True)
     return expected_macs(space, one_hot(p), one_hot(q))
 
-
 def count_macs(shape):
     """MACs of one image through the network of `shape`, an int; BN, bias, ReLU, pooling and
     additions are not counted."""
     ones = torch.ones(len(shape.convs), 1)
     return int(expected_macs(Space.single(shape), ones, ones[:len(shape.stages)]))
 
-
 def count_params(shape):
     """Number of trainable parameters of `ResNet(shape)`."""
     with torch.device("meta"):
         return sum(p.numel() for p in ResNet(shape).parameters())
 
-
-def summary(shape):
-    """MACs and parameters of a Shape in words."""
-    macs, full = count_macs(shape), count_macs(shape.full)
-    return f"{macs / 1e6:.2f}M MACs ({macs / full:.1%} of the unpruned), " \
-           f"{count_params(shape) / 1e6:.3f}M parameters"
-
-
-# ------------------------------------------------------------------------------------------------
-# Networks
-# ------------------------------------------------------------------------------------------------
+# ---- Networks -----------------------------------------------------------------------------------
 
 def _conv(c_in, c_out, kernel, stride=1):
     return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
-
 
 def _init_convs(net):
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-
-def _shortcut_pool(arch, stride):
-    """CIFAR shortcuts halve the image by averaging, ImageNet's by the stride of their 1x1 conv."""
-    return nn.AvgPool2d(2, ceil_mode=True) if arch.small and stride == 2 else nn.Identity()
-
+def _strides(arch, stride):
+    """Stride of each conv of a block, pooling and stride of its projection."""
+    first = arch.kernels.index(3)
+    pool = nn.AvgPool2d(2, ceil_mode=True) if arch.small and stride == 2 else nn.Identity()
+    return [stride if i == first else 1 for i in range(len(arch.kernels))], pool, \
+        1 if arch.small else stride
 
 class Block(nn.Module):
     """Residual block, basic or bottleneck, with torchvision's names. [N, c_in, H, W] ->
@@ -340,24 +300,20 @@ class Block(nn.Module):
 
     def __init__(self, arch, c_in, widths, stride):
         super().__init__()
-        self.n, c = len(widths), c_in
-        for i, (kernel, width) in enumerate(zip(arch.kernels, widths)):
-            self.add_module(f"conv{i + 1}", _conv(c, width, kernel,
-                                                  stride if i == arch.kernels.index(3) else 1))
-            self.add_module(f"bn{i + 1}", nn.BatchNorm2d(width))
-            c = width
-        self.pool, self.downsample = nn.Identity(), nn.Identity()
-        if stride == 2 or c_in != c:
-            self.pool = _shortcut_pool(arch, stride)
-            self.downsample = nn.Sequential(
-                _conv(c_in, c, 1, 1 if arch.small else stride), nn.BatchNorm2d(c))
+        strides, pool, last = _strides(arch, stride)
+        for i, c in enumerate([c_in, *widths[:-1]]):
+            self.add_module(f"conv{i + 1}", _conv(c, widths[i], arch.kernels[i], strides[i]))
+            self.add_module(f"bn{i + 1}", nn.BatchNorm2d(widths[i]))
+        self.n, self.pool, self.downsample = len(widths), nn.Identity(), nn.Identity()
+        if stride == 2 or c_in != widths[-1]:
+            self.pool, self.downsample = pool, nn.Sequential(
+                _conv(c_in, widths[-1], 1, last), nn.BatchNorm2d(widths[-1]))
 
     def forward(self, x):
         y = x
         for i in range(1, self.n + 1):
             y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y if i == 1 else F.relu(y)))
         return F.relu(y + self.downsample(self.pool(x)))
-
 
 class ResNet(nn.Module):
     """The network of a Shape, pruned or not, CIFAR or ImageNet. [N, 3, H, W] -> [N, classes].
@@ -387,10 +343,7 @@ class ResNet(nn.Module):
             x = getattr(self, f"layer{s + 1}")(x)  # [N, C_s, H/2^s, W/2^s]
         return self.fc(x.mean((2, 3)))  # [N, classes]
 
-
-# ------------------------------------------------------------------------------------------------
-# Transformable network
-# ------------------------------------------------------------------------------------------------
+# ---- Transformable network ----------------------------------------------------------------------
 
 def cwi_matrix(c_in, c_out, size=None, dtype=torch.float32):
     """Channel-wise interpolation (CWI) as a matrix [c_out, c_in]: row o averages the input
@@ -402,22 +355,18 @@ def cwi_matrix(c_in, c_out, size=None, dtype=torch.float32):
     device = c_in.device if isinstance(c_in, torch.Tensor) else None
     row = torch.arange(size or c_out, device=device)[:, None]  # [rows, 1]
     column = torch.arange(size or c_in, device=device)  # [columns]
-    first = row * c_in // c_out
-    end = -((row + 1) * -c_in // c_out)
+    first, end = row * c_in // c_out, -((row + 1) * -c_in // c_out)
     inside = (column >= first) & (column < end) & (row < c_out)
     return inside.to(dtype) / (end - first)
-
 
 def pad_matrix(c_in, c_out, size, dtype):
     """Alignment by zero-padding instead of CWI (paper's ablation), in the form of cwi_matrix."""
     row = torch.arange(size, device=c_in.device)[:, None]
     return ((row == row.T) & (row < c_in)).to(dtype)
 
-
 def channel_wise_interpolation(x, c_out):
     """x [N, C, ...] -> [N, c_out, ...], each output channel the mean of its share of the inputs."""
     return torch.einsum("oc,nc...->no...", cwi_matrix(x.shape[1], c_out, dtype=x.dtype).to(x), x)
-
 
 class Sample(NamedTuple):
     """One draw of sizes: what a forward pass of SuperResNet mixes."""
@@ -425,7 +374,6 @@ class Sample(NamedTuple):
     index: torch.Tensor  # [convs, S] distinct candidate widths of every conv
     weight: torch.Tensor  # [convs, S] their weights, summing to 1
     depth: torch.Tensor  # [stages, D] weights of all candidate depths, summing to 1
-
 
 def sample_sizes(alpha, beta, tau, num_samples=2, gumbel=True):
     """Gumbel-Softmax over sizes (paper: sampled sizes): a Sample, differentiable in the logits.
@@ -447,7 +395,6 @@ def sample_sizes(alpha, beta, tau, num_samples=2, gumbel=True):
     index = drawn.topk(min(num_samples, alpha.shape[1])).indices  # [convs, S]
     return Sample(index, z.gather(1, index).softmax(-1), perturb(beta).softmax(-1))
 
-
 class MixedConv(nn.Module):
     """A searched conv with its BNs: the weighted sum, over the sampled widths c_i, of
     CWI(BN_i(first c_i channels of conv(x)), largest c_i).
@@ -457,7 +404,7 @@ class MixedConv(nn.Module):
     channel mix give the sum exactly, with shapes that no sample changes.
     """
 
-    def __init__(self, c_in, widths, kernel, stride=1, align=cwi_matrix):
+    def __init__(self, c_in, widths, kernel, stride, align):
         super().__init__()
         c = max(widths)
         self.conv, self.align = _conv(c_in, c, kernel, stride), align
@@ -480,20 +427,18 @@ class MixedConv(nn.Module):
         bias = (t * self.beta.index_select(0, index)[:, None]).sum((0, 2))  # [C]
         return F.conv2d(x, mix[:, :, None, None], bias), m
 
-
 class MixedBlock(nn.Module):
     """A residual block of searched convs. The projection shares the sample of the last conv."""
 
     def __init__(self, arch, c_in, widths, stride, align):
         super().__init__()
-        self.convs, c = nn.ModuleList(), c_in
-        for i, (kernel, candidates) in enumerate(zip(arch.kernels, widths)):
-            stride_i = stride if i == arch.kernels.index(3) else 1
+        strides, self.pool, last = _strides(arch, stride)
+        self.convs, self.projection, c = nn.ModuleList(), None, c_in
+        for kernel, candidates, stride_i in zip(arch.kernels, widths, strides):
             self.convs.append(MixedConv(c, candidates, kernel, stride_i, align))
             c = max(candidates)
-        self.pool, self.projection = _shortcut_pool(arch, stride), None
         if stride == 2 or c_in != c:
-            self.projection = MixedConv(c_in, widths[-1], 1, 1 if arch.small else stride, align)
+            self.projection = MixedConv(c_in, widths[-1], 1, last, align)
 
     def forward(self, x, width, sizes):
         """x [N, C, H, W] of `width` channels, one (index, weight) per conv -> the same."""
@@ -503,7 +448,6 @@ class MixedBlock(nn.Module):
         if self.projection is None:
             return F.relu(y + x), torch.maximum(m, width)
         return F.relu(y + self.projection(self.pool(x), *sizes[-1])[0]), m
-
 
 class SuperResNet(nn.Module):
     """The unpruned network with every size a random variable (paper: transformable network).
@@ -519,21 +463,19 @@ class SuperResNet(nn.Module):
         super().__init__()
         arch, align = ARCHS[space.full.arch], cwi_matrix if align == "cwi" else pad_matrix
         self.space, self.align = space, align
-        self.stages, c, n = nn.ModuleList(), space.full.stem, space.n
         # Candidates that a row lacks repeat its first width; their weight is 0.
-        first, *rows = [row + row[:1] * (space.K - len(row)) for row in space.widths]
-        rows = iter(rows)
-        self.stem = MixedConv(3, first, *((3, 1) if arch.small else (7, 2)), align)
+        rows = iter([[*row, *row[:1] * (space.K - len(row))] for row in space.widths])
+        self.stem = MixedConv(3, next(rows), *((3, 1) if arch.small else (7, 2)), align)
         self.maxpool = nn.Identity() if arch.small else nn.MaxPool2d(3, 2, 1)
+        self.stages, c = nn.ModuleList(), space.full.stem
         for s, blocks in enumerate(space.full.stages):
             self.stages.append(nn.ModuleList())
             for b in range(len(blocks)):
-                widths = list(itertools.islice(rows, n))
+                widths = list(itertools.islice(rows, space.n))
                 self.stages[s].append(MixedBlock(arch, c, widths, 2 if s and not b else 1, align))
                 c = max(widths[-1])
         self.fc = nn.Linear(c, space.full.num_classes)
-        self.alpha = nn.Parameter(self._logits(space.widths))
-        self.beta = nn.Parameter(self._logits(space.depths))
+        self.alpha, self.beta = map(self._logits, (space.widths, space.depths))
         _init_convs(self)
 
     @staticmethod
@@ -541,7 +483,7 @@ class SuperResNet(nn.Module):
         logits = torch.randn(len(rows), max(map(len, rows))) * 0.01
         for row, candidates in zip(logits, rows):
             row[len(candidates):] = ABSENT
-        return logits
+        return nn.Parameter(logits)
 
     def weights(self):
         """All parameters but alpha and beta."""
@@ -558,29 +500,23 @@ class SuperResNet(nn.Module):
         for stage, depths, q_hat in zip(self.stages, self.space.depths, sample.depth.unbind()):
             outputs = []
             for b, block in enumerate(stage):
-                x, width = block(x, width, sizes[at:at + len(block.convs)])
-                at += len(block.convs)
+                x, width = block(x, width, sizes[at:at + self.space.n])
+                at += self.space.n
                 if b + 1 in depths:
                     outputs.append((x, width))
             x = self._mix_depths(outputs, q_hat)
         return self.fc(x.mean((2, 3)))  # [N, classes]
 
     def _mix_depths(self, outputs, q_hat):
-        """Sum over candidate depths of q_hat_d * CWI(output of block d, M). A stage's later blocks
-        have identity shortcuts, so the last output is the widest: M is its width."""
-        *shallow, (x, m) = outputs
-        q_hat = q_hat.unbind()
-        if shallow:
-            x = q_hat[len(shallow)].to(x.dtype) * x
-        for weight, (y, width) in zip(q_hat, shallow):
-            t = self.align(width[None, None], m, y.shape[1], q_hat[0].dtype)  # [C, C]
-            x = x + F.conv2d(y, (weight * t)[:, :, None, None])
-        return x
+        """Sum over candidate depths d of q_hat_d * CWI(output of block d, M). A stage's later
+        blocks have identity shortcuts, so the last output is the widest: M is its width."""
+        m, size = outputs[-1][1], outputs[-1][0].shape[1]
+        mixes = [weight * self.align(width[None, None], m, size, q_hat.dtype)  # [C, C]
+                 for weight, (_, width) in zip(q_hat.unbind(), outputs)]
+        return functools.reduce(torch.add, (
+            F.conv2d(y, mix[:, :, None, None]) for mix, (y, _) in zip(mixes, outputs)))
 
-
-# ------------------------------------------------------------------------------------------------
-# Search objective
-# ------------------------------------------------------------------------------------------------
+# ---- Search objective ---------------------------------------------------------------------------
 
 def cost_loss(expected, actual, target, tolerance=0.05):
     """Paper's cost loss: log E[MACs] when the argmax network is too large, its negative when it is
@@ -588,7 +524,6 @@ def cost_loss(expected, actual, target, tolerance=0.05):
     actual = torch.as_tensor(actual, device=expected.device)
     over, under = actual > (1 + tolerance) * target, actual < (1 - tolerance) * target
     return (over.to(expected) - under.to(expected)) * expected.log()
-
 
 def extract(space, alpha, beta, target, tolerance=0.05):
     """The pruned network's Shape: the argmax one if its MACs lie in target (1 -+ tolerance), else
@@ -600,176 +535,141 @@ def extract(space, alpha, beta, target, tolerance=0.05):
     probable than the result. Raises TASError with the smallest and largest possible MACs when no
     Shape is in the band.
     """
-    log_p, log_q = _log_probabilities(space, alpha, beta)
-    log_p = [row - row.max() for row in log_p]  # convs of dropped blocks then count 0
+    log_p, log_q = _log_rows(alpha, space.widths), _log_rows(beta, space.depths)
     shape = space.shape([row.argmax() for row in log_p], [row.argmax() for row in log_q])
     if abs(count_macs(shape) - target) <= tolerance * target:
         return shape
-    return _shape_in_band(space, log_p, log_q, target, tolerance, _Argmax)
-
+    log_p = [row - row.max() for row in log_p]  # convs of dropped blocks then count 0
+    return _shape_in_band(space, log_p, log_q, target, tolerance, torch.maximum, torch.argmax)
 
 def draw_shape(space, target, tolerance=0.05):
     """A random Shape: every size uniform among its candidates, given that the MACs are in the band
     (ablation). Uses the global random state of torch."""
-    log_p, log_q = _log_probabilities(space, torch.zeros(len(space.widths), space.K),
-                                      torch.zeros(len(space.depths), space.D))
-    return _shape_in_band(space, log_p, log_q, target, tolerance, _Draw)
-
+    log_p, log_q = (_log_rows(torch.zeros(len(rows), max(map(len, rows))), rows)
+                    for rows in (space.widths, space.depths))
+    return _shape_in_band(space, log_p, log_q, target, tolerance, torch.logaddexp,
+                          lambda scores: torch.multinomial(scores.softmax(0), 1)[0])
 
 def scale_shape(space, target, tolerance=0.05, round_to=1):
     """All widths times one factor, depths kept, MACs nearest to the target (ablation)."""
     def scaled(factor):
         def width(c):
             return min(c, max(1, round(c * factor / round_to)) * round_to)
-        full = space.full
-        return dataclasses.replace(full, stem=width(full.stem), stages=[
-            [[width(c) for c in widths] for widths in blocks] for blocks in full.stages])
+        return dataclasses.replace(space.full, stem=width(space.full.stem), stages=[
+            [[width(c) for c in widths] for widths in blocks] for blocks in space.full.stages])
 
     shapes = {scaled(k / 512) for k in range(1, 513)}
-    shape = min(shapes, key=lambda shape: (abs(count_macs(shape) - target), str(shape)))
-    if abs(count_macs(shape) - target) > tolerance * target:
+    off, _, shape = min((abs(count_macs(s) - target), str(s), s) for s in shapes)
+    if off > tolerance * target:
         raise TASError(f"no uniform width gives {target:,.0f} MACs within {tolerance:.1%}; the "
                        f"nearest has {count_macs(shape):,}: choose another --flops")
     return shape
 
-
-class _Argmax:
-    """How the dynamic program joins two ways to a state, and goes back: to the better one."""
-    join = torch.maximum
-    pick = torch.argmax
-
-
-class _Draw:
-    """The same, summing probabilities and drawing a way in proportion."""
-    join = torch.logaddexp
-
-    @staticmethod
-    def pick(scores):
-        return torch.multinomial(scores.softmax(0), 1)[0]
-
-
-def _log_probabilities(space, alpha, beta):
-    """log p and log q as lists of rows without absent candidates, float64 on the CPU."""
-    def rows(logits, candidates):
-        logits = logits.detach().double().cpu()
-        if logits.isnan().any() or len(logits) != len(candidates):
-            raise TASError(f"expected {len(candidates)} rows of logits without NaN")
-        return [row[:len(c)].clamp(-1e9, 1e9).log_softmax(0) for row, c in zip(logits, candidates)]
-    return rows(alpha, space.widths), rows(beta, space.depths)
-
+def _log_rows(logits, candidates):
+    """Log-probabilities as a list of rows without absent candidates, float64 on the CPU."""
+    logits = logits.detach().double().cpu()
+    if logits.isnan().any() or len(logits) != len(candidates):
+        raise TASError(f"expected {len(candidates)} rows of logits without NaN")
+    return [row[:len(c)].clamp(-1e9, 1e9).log_softmax(0) for row, c in zip(logits, candidates)]
 
 def _layers(space, log_p):
-    """MACs and log-probability of every choice of the chain stem, blocks, head: tensors
-    [A, M, O] over input widths, combinations of inner widths, and output widths."""
+    """(MACs, log-probability) of every choice of the chain stem, blocks, head: two tensors
+    [A, ..., O] over input widths, inner widths and output widths."""
     space.to(torch.device("cpu"))
     n, widths = space.n, [torch.tensor(row).double() for row in space.widths]
-    macs, scores = [space.stem_cost * widths[0][None, None]], [log_p[0][None, None]]
+    layers = [(space.stem_cost * widths[0][None], log_p[0][None])]
     for b in range(len(space.free)):
-        convs = range(n * b, n * b + n + 1)  # the previous block's last conv, then this block's
-        c_in, *c = torch.meshgrid(*[widths[j] for j in convs], indexing="ij")
+        convs = slice(n * b, n * b + n + 1)  # the previous block's last conv, then this block's
+        c_in, *c = torch.meshgrid(*widths[convs], indexing="ij")
         same = space.free[b] * (c_in == c[-1]) * c_in * c[-1]
-        cost = _block_macs(space.conv_cost[:, b], space.project_cost[b], c_in, c, same)
-        logs = torch.meshgrid(log_p[n * b] * 0, *[log_p[j] for j in convs[1:]], indexing="ij")
-        macs.append(cost.flatten(1, -2))
-        scores.append(sum(logs).flatten(1, -2))
-    macs.append(widths[-1][:, None, None] * space.full.num_classes)
-    scores.append(macs[-1] * 0)
-    return macs, scores
-
+        logs = torch.meshgrid(log_p[n * b] * 0, *log_p[convs][1:], indexing="ij")
+        layers.append((_block_macs(space.conv_cost[:, b], space.project_cost[b], c_in, c, same),
+                       sum(logs)))
+    head = widths[-1][:, None] * space.full.num_classes
+    return [*layers, (head, head * 0)]
 
 class _Program:
     """Dynamic program over the chain of layers. A state is (output width, MACs in cells); its
-    value joins the scores of all ways to it. `final` [size] holds the values of whole networks."""
+    value joins the scores of all ways to it. `final` [size] holds the values of whole networks.
 
-    def __init__(self, space, macs, scores, log_q, cell, size, rule):
-        self.space, self.scores, self.rule = space, scores, rule
-        self.cells = [(m / cell).round().long() for m in macs]
-        self.exits = {}  # layer -> log q of the depth that ends there
-        for s, depths in enumerate(space.depths):
-            self.exits |= {space.starts[s] + d: q for d, q in zip(depths, log_q[s].tolist())}
-        self.before, self.after = [], []
+    join: torch.maximum, and pick argmax, for the best way; logaddexp and a draw for a random one.
+    """
+
+    def __init__(self, space, layers, log_q, cell, size, join, pick):
+        self.space, self.join, self.pick = space, join, pick
+        self.layers = [((macs / cell).round().long(), scores) for macs, scores in layers]
+        self.exits = {end: [(start + d, q) for d, q in zip(depths, row.tolist())]  # of each stage
+                      for start, end, depths, row in zip(space.starts, space.starts[1:],
+                                                         space.depths, log_q)}
+        self.before, self.after = [], []  # states around each layer
         state = torch.zeros(1, size).double().log()  # nothing is reached ...
         state[0, 0] = 0  # ... but the input
-        for i in range(len(macs)):
+        for i in range(len(layers)):
             self.before.append(state)
-            state = self._add_layer(state, i)
+            state = self._add_layer(state, *self.layers[i])
             self.after.append(state)
-            if i in space.starts[1:]:  # the stage may have ended at any of its depths
-                state = torch.full_like(state, -math.inf)
-                for j in self._stage_exits(i):
-                    state = rule.join(state, self.after[j] + self.exits[j])
+            if i in self.exits:  # the stage may have ended at any of its depths
+                state = functools.reduce(join, [self.after[j] + q for j, q in self.exits[i]])
         self.final = state[0]
 
-    def _stage_exits(self, end):
-        start = self.space.starts[self.space.starts.index(end) - 1]
-        return [j for j in self.exits if start < j <= end]
-
-    def _add_layer(self, state, i):
+    def _add_layer(self, state, cells, scores):
         """[A, size] -> [O, size]"""
-        size = state.shape[1]
-        new = torch.full((self.cells[i].shape[2], size), -math.inf).double()
-        for cells, scores, old in zip(self.cells[i].tolist(), self.scores[i].tolist(), state):
-            for o, k, score in ((o, k, score) for row in zip(cells, scores)
-                                for o, (k, score) in enumerate(zip(*row)) if k < size):
-                self.rule.join(new[o, k:], old[:size - k] + score, out=new[o, k:])
+        size, outputs = state.shape[1], cells.shape[-1]
+        new = torch.full((outputs, size), -math.inf).double()
+        for old, *rows in zip(state, cells.flatten(1).tolist(), scores.flatten(1).tolist()):
+            for i, (k, score) in enumerate(zip(*rows)):
+                if k < size:
+                    row = new[i % outputs, k:]
+                    self.join(row, old[:size - k] + score, out=row)
         return new
 
     def shape(self, cell):
         """The Shape found by going back from `final[cell]`."""
-        width_index, depth_index = [0] * len(self.space.widths), [0] * len(self.space.depths)
-        i, o, n = len(self.cells) - 1, 0, self.space.n
+        n, i, o = self.space.n, len(self.layers) - 1, 0
+        width_index, depth_index = [0] * len(self.space.widths), []
         while True:
-            left = cell - self.cells[i][:, :, o]  # [A, M]
-            value = self.before[i].gather(1, left.clamp(min=0)) + self.scores[i][:, :, o]
-            pick = self.rule.pick(value.masked_fill(left < 0, -math.inf).flatten())
-            a, m = divmod(int(pick), left.shape[1])
-            if 0 < i < len(self.cells) - 1:
-                first = 1 + n * (i - 1)
-                for j in reversed(range(first, first + n - 1)):  # inner widths, last one fastest
-                    m, width_index[j] = divmod(m, len(self.space.widths[j]))
+            cells, scores = (t[..., o] for t in self.layers[i])  # [A, ...]
+            left = (cell - cells).reshape(len(cells), -1)  # [A, M]
+            value = self.before[i].gather(1, left.clamp(min=0)) + scores.reshape(left.shape)
+            pick = self.pick(value.masked_fill(left < 0, -math.inf).flatten())
+            cell, (o, *inner) = int(left.flatten()[pick]), torch.unravel_index(pick, cells.shape)
             if i == 0:
-                return self.space.shape(width_index, depth_index)
-            cell, o, i = int(left.flatten()[pick]), a, i - 1
-            if i in self.space.starts[1:]:
-                exits = self._stage_exits(i)
-                pick = int(self.rule.pick(torch.stack(
-                    [self.after[j][o, cell] + self.exits[j] for j in exits])))
-                depth_index[self.space.starts.index(i) - 1], i = pick, exits[pick]
+                return self.space.shape(width_index, depth_index[::-1])
+            width_index[n * (i - 1) + 1:n * i] = inner or width_index[n * (i - 1) + 1:n * i]
+            i -= 1
+            if i in self.exits:
+                ways = [self.after[j][o, cell] + q for j, q in self.exits[i]]
+                depth_index.append(int(self.pick(torch.stack(ways))))
+                i = self.exits[i][depth_index[-1]][0]
             width_index[n * i] = o
 
-
-def _shape_in_band(space, log_p, log_q, target, tolerance, rule):
+def _shape_in_band(space, log_p, log_q, target, tolerance, join, pick):
     """The most probable Shape in the band, or a drawn one. MACs are counted in cells so small that
     all roundings of a path stay below a quarter of the band's half-width; only cells whose paths
     must lie in the band are looked at. Smaller cells serve spaces with few Shapes."""
-    macs, scores = _layers(space, log_p)
-    free = [row * 0 for row in log_q]
-    ends = [_Program(space, macs, [sign * m for m in macs], free, math.inf, 1, _Argmax)
-            for sign in (-1, 1)]
+    layers, free = _layers(space, log_p), [row * 0 for row in log_q]
+    ends = [_Program(space, [(macs, sign * macs) for macs, _ in layers], free, math.inf, 1,
+                     torch.maximum, torch.argmax) for sign in (-1, 1)]
     low, high = -int(ends[0].final), int(ends[1].final)
-    if low <= (1 + tolerance) * target and high >= (1 - tolerance) * target:
-        for refine in (1, 8, 64, 512):
-            cell = tolerance * target / (2 * len(macs) * refine)
-            size, margin = int((1 + tolerance) * target / cell) + 1, len(macs) * cell / 2
-            if refine > 1 and size > 1_000_000:
-                break
-            program = _Program(space, macs, scores, log_q, cell, size, rule)
-            off = (torch.arange(size) * cell - target).abs()
-            final = program.final.masked_fill(off > tolerance * target - margin, -math.inf)
-            if final.max() > -math.inf:
-                return program.shape(int(rule.pick(final)))
-            for end, extreme in zip(ends, (low, high)):
-                if abs(extreme - target) <= tolerance * target:
-                    return end.shape(0)
+    for refine in (1, 8, 64, 512) if low - target <= tolerance * target >= target - high else ():
+        cell = tolerance * target / (2 * len(layers) * refine)
+        size, margin = int((1 + tolerance) * target / cell) + 1, len(layers) * cell / 2
+        if refine > 1 and size > 1_000_000:
+            break
+        program = _Program(space, layers, log_q, cell, size, join, pick)
+        off = (torch.arange(size) * cell - target).abs()
+        final = program.final.masked_fill(off > tolerance * target - margin, -math.inf)
+        if final.max() > -math.inf:
+            return program.shape(int(pick(final)))
+        for end, extreme in zip(ends, (low, high)):
+            if abs(extreme - target) <= tolerance * target:
+                return end.shape(0)
+    full = count_macs(space.full)
     raise TASError(f"no shape has {target:,.0f} MACs within {tolerance:.1%}; possible are {low:,} "
-                   f"to {high:,} ({low / count_macs(space.full):.3f} to "
-                   f"{high / count_macs(space.full):.3f} of the unpruned network); choose another "
-                   "--flops")
+                   f"to {high:,} ({low / full:.3f} to {high / full:.3f} of the unpruned network); "
+                   "choose another --flops")
 
-
-# ------------------------------------------------------------------------------------------------
-# Knowledge transfer
-# ------------------------------------------------------------------------------------------------
+# ---- Knowledge transfer -------------------------------------------------------------------------
 
 def kd_loss(student_logits, teacher_logits, labels, weight=0.9, temperature=4.0):
     """Knowledge distillation: (1 - weight) CE + weight T^2 KL(teacher || student at temperature T).
@@ -782,7 +682,6 @@ def kd_loss(student_logits, teacher_logits, labels, weight=0.9, temperature=4.0)
     hard = F.cross_entropy(student_logits, labels)
     return (1 - weight) * hard + weight * temperature ** 2 * soft
 
-
 @torch.no_grad()
 def inherit_weights(student, teacher):
     """Copy the first channels of every layer of `teacher` into `student` (paper: Init), both
@@ -793,37 +692,23 @@ def inherit_weights(student, teacher):
             tensor.copy_(source[name][tuple(slice(n) for n in tensor.shape)])
     return student
 
-
-# ------------------------------------------------------------------------------------------------
-# Data
-# ------------------------------------------------------------------------------------------------
+# ---- Data ---------------------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's convention, for all data
 
+@functools.cache
+def _mean_std(device):
+    """255 times MEAN and STD, [1, 3, 1, 1], copied to a device once."""
+    return [255 * torch.tensor(t, device=device).view(1, 3, 1, 1) for t in (MEAN, STD)]
 
 def normalize(images):
     """uint8 images [N, 3, H, W] -> the float input of every network, (x / 255 - mean) / std."""
     mean, std = _mean_std(images.device)
     return (images - mean) / std
 
-
-_constants = {}
-
-
-def _mean_std(device):
-    """255 times MEAN and STD, [1, 3, 1, 1], copied to a device once."""
-    if device not in _constants:
-        _constants[device] = [255 * torch.tensor(t, device=device).view(1, 3, 1, 1)
-                              for t in (MEAN, STD)]
-    return _constants[device]
-
-
 class SmallImages:
-    """A split of small images, in memory on the device. Random crops of the zero-padded images and
-    flips are one gather per batch.
-
-    images uint8 [N, H, W, 3], labels [N].
-    """
+    """A split of small images, in memory on the device: uint8 [N, H, W, 3], labels [N]. Random
+    crops of the zero-padded images and flips are one gather per batch."""
 
     def __init__(self, images, labels, device):
         self.size, self.labels = images.shape[1], labels.to(device)
@@ -853,127 +738,97 @@ class SmallImages:
             images = self.pixels.index_select(0, pixel.flatten()).view(*pixel.shape, 3)
             yield normalize(images.permute(0, 3, 1, 2)), self.labels[index]
 
-
-class _Decoded(torch.utils.data.Dataset):
-    """Decoded and transformed image files. An item is (index, seed of its augmentation), so that
+class LargeImages(torch.utils.data.Dataset):
+    """A split of image files, decoded and augmented by worker processes, normalised on the device;
+    the same interface as SmallImages. An item is (index, seed of its augmentation or None), so that
     the result depends neither on the number of workers nor on an interruption."""
 
-    def __init__(self, folder, size, train):
-        from torchvision.transforms import v2
-        self.folder = folder
-        steps = ([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.ColorJitter(.4, .4, .4)]
-                 if train else [v2.Resize(size * 256 // 224), v2.CenterCrop(size)])
-        if size <= 64:
-            steps = [v2.Resize(size), v2.CenterCrop(size)]
-        self.transform = v2.Compose([*steps, v2.PILToTensor()])
-
-    def __getitem__(self, item):
-        index, seed = item
-        path, label = self.folder.samples[index]
-        try:
-            image = self.folder.loader(path)
-        except Exception as error:  # pillow raises many kinds
-            raise TASError(f"cannot read the image {path}: {error}; replace or remove it") from None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.transform(image), label
-
-
-class LargeImages:
-    """A split of image files, decoded and augmented by worker processes, normalised on the device.
-    The same interface as SmallImages."""
-
     def __init__(self, folder, size, device, workers):
+        from torchvision.transforms import v2
         self.folder, self.size, self.device, self.workers = folder, size, device, workers
         self.labels, self.loaders = torch.tensor(folder.targets), {}
+        self.augment = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
+                                   v2.ColorJitter(0.4, 0.4, 0.4), v2.PILToTensor()])
+        self.plain = v2.Compose([v2.Resize(size * 256 // 224 if size > 64 else size),
+                                 v2.CenterCrop(size), v2.PILToTensor()])
 
-    def batches(self, order, batch_size, train, rank=0, world=1):
-        seeds = torch.randint(2 ** 62, (len(order),)).tolist()
-        items = list(zip(order.tolist(), seeds))
-        stop = len(items) - (batch_size - 1 if train else 0)
+    def __getitem__(self, item):
+        (path, label), seed = self.folder.samples[item[0]], item[1]
+        with explain(f"cannot read the image {path}: {{}}; replace or remove it"):
+            image = self.folder.loader(path)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed or 0)
+            return (self.plain if seed is None else self.augment)(image), label
+
+    def read(self, items, batch_size, train=False, rank=0, world=1):
+        """uint8 images [B, 3, H, W] and labels of the items, in the workers of this kind."""
         if train not in self.loaders:  # a new dict, so that a copy of this split has its own
             self.loaders = self.loaders | {train: torch.utils.data.DataLoader(
-                _Decoded(self.folder, self.size, train), batch_sampler=[], num_workers=self.workers,
+                self, batch_sampler=[], num_workers=self.workers,
                 generator=torch.Generator(),  # leaves the global random state to the items' seeds
-                pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0)}
-        loader = self.loaders[train]
-        loader.batch_sampler[:] = [items[i:i + batch_size][rank::world]
-                                   for i in range(0, stop, batch_size)]
-        for images, labels in loader:
-            images = images.to(self.device, non_blocking=True)
-            yield (normalize(images.contiguous(memory_format=torch.channels_last)),
-                   labels.to(self.device, non_blocking=True))
+                pin_memory=self.device.type == "cuda",
+                persistent_workers=self.workers > 0 and self.size > 64)}
+        self.loaders[train].batch_sampler[:] = [
+            items[i:i + batch_size][rank::world]
+            for i in range(0, len(items) - (batch_size - 1 if train else 0), batch_size)]
+        return self.loaders[train]
 
+    def batches(self, order, batch_size, train, rank=0, world=1):
+        """As those of SmallImages."""
+        seeds = torch.randint(2 ** 62, (len(order),)).tolist() if train else [None] * len(order)
+        items = list(zip(order.tolist(), seeds))
+        for images, labels in self.read(items, batch_size, train, rank, world):
+            images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
+            yield normalize(images.contiguous(memory_format=torch.channels_last)), labels
 
 class Data(NamedTuple):
-    """A data set: two splits and its classes."""
+    """A data set: two splits and the names of its classes."""
 
     train: object
     test: object
     classes: list
 
-
 def _synthetic(count, seed):
-    """Striped, checked and ringed 32x32 images of two periods: 10 classes. Phases, colours and
-    contrasts are random, so class means are alike and no linear model separates them."""
+    """Gratings of 5 slopes and 2 periods, 10 classes. Phase, colour and mirroring are random:
+    class means are alike, so that no linear model separates them."""
     g = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 10
-
-    def uniform(*shape):
-        return torch.rand(count, *shape, generator=g)
-    period = torch.where(labels < 5, 9.0, 5.0)[:, None, None] * (0.9 + 0.2 * uniform(1, 1))
-    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    y, x = y + 32 * uniform(1, 1), x + 32 * uniform(1, 1)  # [N, 32, 32]
-    centre = torch.hypot(y - 32 - 32 * uniform(1, 1) + 16, x - 32 - 32 * uniform(1, 1) + 16)
-    slope = torch.where(uniform(1, 1) < 0.5, 1.0, -1.0)
-    turn = 2 * math.pi / period
-    waves = torch.stack([(y * turn).sin(), (x * turn).sin(), ((y + slope * x) * turn * 0.7).sin(),
-                         (y * turn).sin() * (x * turn).sin() * 1.4, (centre * turn).sin()])
-    wave = waves[labels % 5, torch.arange(count)]  # [N, 32, 32]
-    colour = (uniform(1, 1, 3) * 2 - 1) * 60  # [N, 1, 1, 3]
-    noise = torch.randn(count, 32, 32, 3, generator=g) * 40
-    images = 128 + wave[..., None] * colour + (uniform(1, 1, 3) - 0.5) * 60 + noise
+    labels, line = torch.arange(count) % 10, torch.arange(32.0)
+    angle = (labels % 5 * math.pi / 8)[:, None, None]
+    wave = 2 * math.pi / torch.where(labels < 5, 8.0, 4.0)[:, None, None]
+    mirror, phase = torch.rand(2, count, 1, 1, generator=g)
+    x = torch.where(mirror < 0.5, line, -line)  # [N, 1, 32]
+    wave = (wave * (x * angle.cos() + line[:, None] * angle.sin()) + 2 * math.pi * phase).sin()
+    colour, light = torch.rand(2, count, 1, 1, 3, generator=g) - 0.5
+    noise = torch.randn(count, 32, 32, 3, generator=g)
+    images = 128 + 120 * colour * wave[..., None] + 60 * light + 40 * noise  # [N, 32, 32, 3]
     return images.clamp(0, 255).byte(), labels
-
 
 def _cifar(name, root):
     """torchvision's CIFAR, downloaded on first use; two pairs of uint8 images and labels."""
     from torchvision import datasets
-    kind, splits = getattr(datasets, name.upper()), []
-    for train in (True, False):
-        try:
-            try:
-                split = kind(root, train)
-            except RuntimeError:  # not there yet
-                with contextlib.redirect_stdout(io.StringIO()):
-                    split = kind(root, train, download=True)
-        except Exception as error:  # no network, a broken archive, a read-only folder ...
-            raise TASError(
-                f"{name} is not in {root} and could not be downloaded ({str(error)[:120]}): put "
-                f"the folder {kind.base_folder} of {kind.filename} into {root}, or use "
-                "--data synthetic, which needs no files") from None
-        splits.append((torch.from_numpy(split.data), torch.tensor(split.targets)))
-    return splits, split.classes
-
+    kind = getattr(datasets, name.upper())
+    with contextlib.redirect_stdout(io.StringIO()), explain(
+            f"{name} is not in {root} and could not be downloaded ({{}}): put the folder "
+            f"{kind.base_folder} of {kind.filename} into {root}, or use --data synthetic, which "
+            "needs no files"):
+        splits = [kind(root, train, download=True) for train in (True, False)]
+    return [(torch.from_numpy(s.data), torch.tensor(s.targets)) for s in splits], splits[0].classes
 
 def _folders(root):
     """torchvision's ImageFolders root/train and root/test or, without test, root/val."""
     from torchvision.datasets import ImageFolder
-    root = Path(root)
-    parts = [root / "train", root / "test" if (root / "test").is_dir() else root / "val"]
-    folders = []
-    for part in parts:
-        try:
+    root, folders = Path(root), []
+    for part in (root / "train", root / "test" if (root / "test").is_dir() else root / "val"):
+        with explain(f"{part}: {{}} Put the images into {root}/train/CLASS/ and "
+                     f"{root}/val/CLASS/", OSError):  # no folder, or a class without images
             folders.append(ImageFolder(part))
-        except OSError as error:  # no folder, or a class without images
-            raise TASError(f"{part}: {str(error).split(' Supported')[0]} Put the images into "
-                           f"{root}/train/CLASS/ and {root}/val/CLASS/") from None
-    if folders[0].classes != folders[1].classes:
-        odd = sorted(set(folders[0].classes) ^ set(folders[1].classes))
-        raise TASError(f"{parts[0]} and {parts[1]} must have the same class folders; only one of "
-                       f"them has: {', '.join(odd)[:80]}")
+    classes, others = (set(folder.classes) for folder in folders)
+    if classes != others or len(classes) < 2:
+        odd = f"only one has: {', '.join(sorted(classes ^ others))[:80]}" if classes != others \
+            else "there is one class only"
+        raise TASError(f"{folders[0].root} and {folders[1].root} must have the same class folders, "
+                       f"two or more; {odd}")
     return folders
-
 
 @functools.lru_cache(maxsize=1)
 def load_data(name, root, image_size, device, workers):
@@ -981,84 +836,57 @@ def load_data(name, root, image_size, device, workers):
     fly; raises TASError for what is missing, empty, unreadable or inconsistent."""
     if name in ("imagenet", "folder"):
         folders = _folders(root)
-        classes = folders[0].classes
-        if len(classes) < 2:
-            raise TASError(f"{root}/train has one class only; a classifier needs two or more")
+        classes, parts = folders[0].classes, [
+            LargeImages(folder, image_size, device, workers) for folder in folders]
         if image_size > 64:
-            return Data(*[LargeImages(f, image_size, device, workers) for f in folders], classes)
-        splits = []
-        for folder in folders:
-            loader = torch.utils.data.DataLoader(
-                _Decoded(folder, image_size, False), num_workers=workers,
-                batch_sampler=[[(i, 0) for i in range(start, min(start + 500, len(folder)))]
-                               for start in range(0, len(folder), 500)])
-            images = torch.cat([batch for batch, _ in loader]).permute(0, 2, 3, 1)
-            splits.append((images, torch.tensor(folder.targets)))
+            return Data(*parts, classes)
+        splits = [(torch.cat([x for x, _ in part.read([(i, None) for i in range(len(part.labels))],
+                                                      500)]).permute(0, 2, 3, 1), part.labels)
+                  for part in parts]
     elif image_size != 32:
         raise TASError(f"{name} has images of 32 pixels; leave --image-size out or use it with "
                        "--data folder")
     elif name == "synthetic":
-        splits, classes = [_synthetic(4096, 1), _synthetic(1024, 2)], [str(i) for i in range(10)]
+        splits, classes = [_synthetic(4096, 1), _synthetic(1024, 2)], list("0123456789")
     else:
         splits, classes = _cifar(name, root)
     return Data(*[SmallImages(*split, device) for split in splits], classes)
 
-
 def split_halves(labels, seed):
     """Two class-balanced halves of the training set, as index tensors (paper: 50/50 split)."""
-    g = torch.Generator().manual_seed(seed)
-    halves = ([], [])
-    for c in labels.unique().tolist():
-        members = (labels.cpu() == c).nonzero().flatten()
-        members = members[torch.randperm(len(members), generator=g)]
-        extra = sum(map(len, halves[0])) > sum(map(len, halves[1]))  # odd classes take turns
-        middle = len(members) // 2 + (len(members) % 2 and not extra)
-        halves[0].append(members[:middle])
-        halves[1].append(members[middle:])
-    return [torch.cat(half) for half in halves]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels.cpu()[order].argsort(stable=True)]  # class by class, each shuffled
+    return order[0::2], order[1::2]
 
-
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
+# ---- Training -----------------------------------------------------------------------------------
 
 def write_file(path, content):
     """Write bytes under a temporary name, flush and rename: the old file or the new, never half."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise TASError(f"cannot write {path}: {error.strerror}; free some space or choose another "
-                       "place with --out") from None
-
-
-def write_json(path, value):
-    """Write one JSON object."""
-    write_file(path, json.dumps(value, indent=1).encode() + b"\n")
-
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    with explain(f"cannot write {path}: {{}}; free some space or choose another place with --out",
+                 OSError):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 def read_json(path):
     """The object in a JSON file; TASError when it is none or larger than 1 MB."""
-    try:
+    with explain(f"cannot read {path} ({{}}); it must hold one JSON object, of at most 1 MB",
+                 (OSError, ValueError, RecursionError)):
         if os.path.getsize(path) > 1_000_000:
             raise ValueError("larger than 1 MB")
         value = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise TASError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise TASError(f"{path} is no JSON: {str(error)[:80]}") from None
-    if not isinstance(value, dict):
-        raise TASError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__}")
+        return value
 
 def save_tensors(path, state):
     """torch.save, whole or not at all."""
@@ -1066,22 +894,14 @@ def save_tensors(path, state):
     torch.save(state, buffer)
     write_file(path, buffer.getbuffer())
 
-
 def load_tensors(path):
-    """A dict saved by save_tensors, on the CPU; nothing in the file is executed."""
-    try:
+    """A dict saved by torch.save, on the CPU; nothing in the file is executed."""
+    with explain(f"{path} is missing, damaged or not from this program; delete it, or choose "
+                 "another directory"):
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare checksums
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise TASError(f"{path} does not exist") from None
-    except Exception:  # torch.load raises many kinds
-        state = None
-    if not isinstance(state, dict):
-        raise TASError(f"{path} is damaged or not from this program; delete it, or choose another "
-                       "directory")
-    return state
-
+            if archive.testzip():  # torch.load does not compare checksums
+                raise ValueError
+        return {**torch.load(path, map_location="cpu", weights_only=True)}
 
 class Run:
     """A run directory: run.json (settings, versions, command and, when finished, the result),
@@ -1091,48 +911,45 @@ class Run:
     """
 
     def __init__(self, path, settings, args, context):
-        self.path, self.main, self.settings = Path(path), context.rank == 0, settings
-        if not self.main:
+        self.path, self.first, self.settings = Path(path), context.rank == 0, settings
+        if not self.first:
             torch.distributed.barrier()  # the first process makes the directory
         if (self.path / "run.json").exists():
             self.info = read_json(self.path / "run.json")
             self._compare("run.json", self.info.get("settings"))
+            if self.result is not None and not (isinstance(self.result, dict) and "macs" in
+                                                self.result and isinstance(self.result.get(
+                                                    "accuracy", 0.0), float)):
+                raise TASError(f"{self.path / 'run.json'} is damaged; choose another --out")
+        elif self.path.is_file() or any(p.suffix != ".tmp" for p in self.path.glob("*")):
+            raise TASError(f"{path} exists and is no run directory; choose another --out")
         else:
-            if self.path.exists() and (not self.path.is_dir() or any(
-                    entry.suffix != ".tmp" for entry in self.path.iterdir())):
-                raise TASError(f"{path} exists and is no run directory; choose another --out")
             self.info = {"command": args.line, "settings": settings, "machine": machine(),
                          "versions": {"python": platform.python_version(),
                                       "torch": torch.__version__}}
             self.update()
-        if self.main and context.world > 1:
+        if self.first and context.world > 1:
             torch.distributed.barrier()
 
     def _compare(self, name, old):
         if not isinstance(old, dict):
             raise TASError(f"{self.path / name} has no settings; choose another --out")
-        odd = [k for k in sorted(old.keys() | self.settings.keys())
-               if old.get(k) != self.settings.get(k)]
+        odd = [f"{k} was {str(old.get(k))[:60]}, now {str(self.settings.get(k))[:60]}"
+               for k in sorted({*old, *self.settings}) if old.get(k) != self.settings.get(k)]
         if odd:
-            differences = "; ".join(f"{k} was {str(old.get(k))[:60]}, now "
-                                    f"{str(self.settings.get(k))[:60]}" for k in odd)
-            raise TASError(f"{self.path / name} has other settings ({differences}); choose another "
-                           "--out, or the old settings")
+            raise TASError(f"{self.path / name} has other settings ({'; '.join(odd)}); choose "
+                           "another --out, or the old settings")
 
     def update(self, **entries):
         """Add entries to run.json."""
         self.info |= entries
-        if self.main:
-            write_json(self.path / "run.json", self.info)
+        if self.first:
+            write_file(self.path / "run.json", json.dumps(self.info, indent=1).encode() + b"\n")
 
     @property
     def result(self):
         """What a finished run found, else None."""
-        result = self.info.get("result")
-        if result is not None and not (isinstance(result, dict) and type(
-                result.get("accuracy", 0.0)) is float and "macs" in result):
-            raise TASError(f"{self.path / 'run.json'} is damaged; choose another --out")
-        return result
+        return self.info.get("result")
 
     def resume(self, parts):
         """Restore `parts` and the random state; returns the metrics of the finished epochs."""
@@ -1141,38 +958,33 @@ class Run:
             return []
         state = load_tensors(path)
         self._compare("last.ckpt", state.get("settings"))
-        try:
+        with explain(f"{path} does not fit this network; delete it to start this step anew, or "
+                     "choose another --out"):
             for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
             torch.set_rng_state(state["rng"])
             if state["cuda_rng"] and torch.cuda.is_available():
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
             return [dict(line) for line in state["metrics"]]
-        except Exception:  # a file that torch can load, but whose content does not fit
-            raise TASError(f"{path} does not fit this network; delete it to start this step anew, "
-                           "or choose another --out") from None
 
     def save(self, parts, metrics):
         """Write metrics.jsonl and last.ckpt."""
-        if self.main:
+        if self.first:
             write_file(self.path / "metrics.jsonl",
                        "".join(json.dumps(line) + "\n" for line in metrics).encode())
-            cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
             save_tensors(self.path / "last.ckpt", {
                 "settings": self.settings, "metrics": metrics, "rng": torch.get_rng_state(),
-                "cuda_rng": cuda_rng, "parts": {k: v.state_dict() for k, v in parts.items()}})
-
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "parts": {name: part.state_dict() for name, part in parts.items()}})
 
 def machine():
     """Name of the GPU, or of the processor and its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line for line in lines if line.startswith("model name")).split(": ")[1]
+    with contextlib.suppress(OSError, IndexError):
+        name = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     return f"{name}, {torch.get_num_threads()} threads"
-
 
 class Context(NamedTuple):
     """Where a command runs: its device, and its place among the processes of torchrun."""
@@ -1194,7 +1006,6 @@ class Context(NamedTuple):
         """Make every process evaluate the same network."""
         self.average([b for b in net.buffers() if b.is_floating_point()])
 
-
 class Meter:
     """Mean loss and accuracy, summed on the device: only reading them waits for it."""
 
@@ -1206,11 +1017,10 @@ class Meter:
     def add(self, loss, correct, count):
         """Add a batch of `count` images: its mean loss and its number of right answers."""
         self.steps += 1
-        loss = loss.detach()
-        self.sums += torch.stack([loss.double() * count, correct.double(),
-                                  torch.full_like(correct, count, dtype=torch.float64)])
-        bad = torch.where(loss.isfinite(), math.inf, float(self.steps))
-        self.first_bad = torch.minimum(self.first_bad, bad)
+        loss, correct = loss.detach().double(), correct.double()
+        self.sums += torch.stack([loss * count, correct, torch.full_like(loss, count)])
+        self.first_bad = torch.minimum(self.first_bad, torch.where(loss.isfinite(), math.inf,
+                                                                   float(self.steps)))
 
     def read(self, everywhere=False):
         """(mean loss, accuracy in %); `everywhere`: over all processes, which all must call it.
@@ -1224,11 +1034,10 @@ class Meter:
         loss, correct, count = sums.tolist()
         return loss / max(count, 1), 100 * correct / max(count, 1)
 
-
 def run_epochs(run, args, parts, steps, train_epoch, note=lambda line: ""):
     """Call train_epoch(epoch, tick) -> dict for every epoch that is not done, with a checkpoint
     after each; returns the lines of metrics.jsonl. One bar on a terminal, else a line an epoch."""
-    metrics, bar, show = run.resume(parts), None, run.main and not args.quiet
+    metrics, bar, show = run.resume(parts), None, run.first and not args.quiet
     if show and sys.stderr.isatty():
         from tqdm import tqdm
         bar = tqdm(total=args.epochs * steps, initial=len(metrics) * steps, desc=run.path.name,
@@ -1237,19 +1046,16 @@ def run_epochs(run, args, parts, steps, train_epoch, note=lambda line: ""):
     def tick(meter):
         if bar is not None:
             if meter.steps % 50 == 1:  # reading waits for the device
-                loss, accuracy = meter.read()
-                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f}%"
+                bar.set_postfix_str("loss {:.3f}, accuracy {:.1f}%".format(*meter.read())
                                     + (note(metrics[-1]) if metrics else ""))
             bar.update()
 
     for epoch in range(len(metrics), args.epochs):
         start = time.perf_counter()
-        try:
+        with explain(f"{run.path}: the loss is not finite in epoch {epoch + 1}, step {{}}, with "
+                     f"--lr {args.lr:g}; lower --lr (and choose another --out); the checkpoint of "
+                     "the epoch before is kept", FloatingPointError):
             line = {"epoch": epoch + 1, **train_epoch(epoch, tick)}
-        except FloatingPointError as error:
-            raise TASError(f"{run.path}: the loss is not finite in epoch {epoch + 1}, step "
-                           f"{error}, with --lr {args.lr:g}; lower --lr (and choose another "
-                           "--out); the checkpoint of the epoch before is kept") from None
         metrics.append(line | {"seconds": round(time.perf_counter() - start, 2)})
         run.save(parts, metrics)
         if show and bar is None:
@@ -1259,49 +1065,43 @@ def run_epochs(run, args, parts, steps, train_epoch, note=lambda line: ""):
         bar.close()
     return metrics
 
-
 def cosine(step, total, warmup=0):
     """Factor of the learning rate: linear warm-up, then a cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
-
 def autocast(precision, device):
     """bf16 for convolutions and matrix products; statistics, losses and optimisers stay fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
-
 def choose_precision(run, args, net, image_size, context, *extra):
     """--precision, with auto resolved: bf16 on CUDA; on a CPU the faster one in training steps of
     this network. Kept in run.json, so that a resumed run goes on with it."""
-    device, precision, why = context.device, args.precision, "as asked"
-    if precision == "auto" and device.type != "cpu":
-        precision, why = "bf16", f"the default on {device.type}"
-    elif precision == "auto" and "precision" not in run.info:
+    device, choice = context.device, (run.info.get("precision") or args.precision, "as asked")
+    if choice[0] == "auto" and device.type != "cpu":
+        choice = "bf16", f"the default on {device.type}"
+    elif choice[0] == "auto":
         net, times = copy.deepcopy(net), {"fp32": [], "bf16": []}
         batch = max(4, min(args.batch_size, 64 * 32 ** 2 // image_size ** 2))
         x = torch.ones(batch, 3, image_size, image_size).to(memory_format=torch.channels_last)
-        for _ in range(5):
-            for name, seconds in times.items():
-                start = time.perf_counter()
-                with autocast(name, device):
-                    logits = net(x, *extra)
-                logits.float().logsumexp(1).sum().backward()
-                seconds.append(time.perf_counter() - start)
+        for name in ("fp32", "bf16") * 5:
+            start = time.perf_counter()
+            with autocast(name, device):
+                logits = net(x, *extra)
+            logits.float().logsumexp(1).sum().backward()
+            times[name].append(time.perf_counter() - start)
         ratio = statistics.median(times["fp32"][1:]) / statistics.median(times["bf16"][1:])
-        precision = "bf16" if ratio > 1.2 else "fp32"  # a margin, so that noise does not choose
-        why = f"a step in bf16 is {ratio:.2f} times as fast as in fp32"
+        choice = ("bf16" if ratio > 1.2 else "fp32",  # a margin, so that noise does not choose
+                  f"a step in bf16 is {ratio:.2f} times as fast as in fp32")
+    choice = list(choice)
     if context.world > 1:
-        choice = [precision]
         torch.distributed.broadcast_object_list(choice)
-        precision = choice[0]
     if "precision" not in run.info:
-        if run.main and not args.quiet:
-            print(f"precision {precision}: {why}", flush=True)
-        run.update(precision=precision, precision_reason=why)
-    return run.info["precision"]
-
+        if run.first and not args.quiet:
+            print("precision {}: {}".format(*choice), flush=True)
+        run.update(precision=choice[0], precision_reason=choice[1])
+    return choice[0]
 
 def pad_channels(net, multiple=8):
     """Widen every layer of `net` to multiples of 8 channels with zeros, which processors like.
@@ -1309,26 +1109,19 @@ def pad_channels(net, multiple=8):
     Zero weights and a zero BN affine get zero gradients and stay zero under SGD with weight decay,
     so the function and its training are unchanged; `inherit_weights` takes the channels back out.
     """
-    def pad(module, name, *amounts):
-        old = getattr(module, name)
-        new = F.pad(old.detach(), amounts)
-        setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
-
     for m in net.modules():
-        if isinstance(m, nn.Conv2d):
-            c_out, c_in = (-n % multiple for n in m.weight.shape[:2])
-            pad(m, "weight", 0, 0, 0, 0, 0, c_in if m is not net.conv1 else 0, 0, c_out)
-        elif isinstance(m, nn.Linear):
-            pad(m, "weight", 0, -m.in_features % multiple)
-        elif isinstance(m, nn.BatchNorm2d):
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                pad(m, name, 0, -m.num_features % multiple)
+        if isinstance(m, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
+            for name, old in [*m.named_parameters(), *m.named_buffers()]:
+                pad = [-n % multiple for n in old.shape[:2]]
+                pad[1:] = [0] if m is net.conv1 else pad[1:]  # colours and classes stay
+                pad[:1] = [0] if m is net.fc else pad[:1]
+                new = F.pad(old.detach(), [0, 0] * (old.ndim - 2) + [
+                    n for amount in reversed(pad) for n in (0, amount)])
+                setattr(m, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
     return net
-
 
 def _channels_last(net, device):
     return net.to(device, memory_format=torch.channels_last)
-
 
 def maybe_compile(function, args, device):
     """torch.compile, as one graph of fixed shapes, where --compile asks for it."""
@@ -1347,57 +1140,48 @@ def maybe_compile(function, args, device):
             return function(*inputs)
     return compiled if args.compile == "on" else with_fallback
 
+def sgd(weights, args):
+    """The optimiser of all weights: SGD with Nesterov momentum."""
+    return torch.optim.SGD(weights, args.lr, momentum=0.9, nesterov=True, fused=True,
+                           weight_decay=args.weight_decay)
 
-class Stepper:
-    """What a training and a search step share: SGD with Nesterov momentum on the weights of `net`,
-    gradients of what is stepped and of nothing else."""
+def descend(loss, params, optimizer, context):
+    """One step of an optimiser. Gradients of `params`, averaged over all processes, and no more."""
+    optimizer.zero_grad()
+    loss.backward(inputs=params)
+    context.average([p.grad for p in params])
+    optimizer.step()
 
-    def __init__(self, net, weights, args, context, precision):
-        self.net, self.args, self.context, self.precision = net, args, context, precision
-        self.weights = weights
-        self.optimizer = torch.optim.SGD(weights, args.lr, momentum=0.9, nesterov=True,
-                                         weight_decay=args.weight_decay, fused=True)
-
-    def logits(self, net, *inputs):
-        with autocast(self.precision, self.context.device):
-            return net(*inputs).float()
-
-    def step(self, loss, params, optimizer):
-        optimizer.zero_grad()
-        loss.backward(inputs=params)
-        self.context.average([p.grad for p in params])
-        optimizer.step()
-
-
-class TrainStep(Stepper):
+class TrainStep:
     """One step of training, under knowledge distillation where there is a teacher."""
 
     def __init__(self, net, args, context, precision, teacher=None):
-        super().__init__(net, list(net.parameters()), args, context, precision)
+        self.weights, self.context = list(net.parameters()), context
+        self.optimizer = sgd(self.weights, args)
 
         def loss(x, y):
-            logits = self.logits(net, x)
-            if teacher is None:
-                return F.cross_entropy(logits, y), (logits.argmax(1) == y).sum()
-            with torch.no_grad():
-                guide = self.logits(teacher, x)
-            return kd_loss(logits, guide, y), (logits.argmax(1) == y).sum()
+            with autocast(precision, context.device):
+                logits = net(x).float()  # [N, classes]
+                if teacher is not None:
+                    with torch.no_grad():
+                        guide = teacher(x).float()
+            value = F.cross_entropy(logits, y) if teacher is None else kd_loss(logits, guide, y)
+            return value, (logits.argmax(1) == y).sum()
 
         self.loss = maybe_compile(loss, args, context.device)
 
     def __call__(self, x, y, meter):
         loss, correct = self.loss(x, y)
-        self.step(loss, self.weights, self.optimizer)
+        descend(loss, self.weights, self.optimizer, self.context)
         meter.add(loss, correct, len(y))
 
-
-class SearchStep(Stepper):
+class SearchStep:
     """One search step: SGD on the weights with a batch of the one half, then Adam on alpha and beta
     with a batch of the other half, each with its own sample."""
 
     def __init__(self, net, args, context, precision, target):
-        super().__init__(net, net.weights(), args, context, precision)
-        self.sizes = [net.alpha, net.beta]
+        self.weights, self.sizes, self.context = net.weights(), [net.alpha, net.beta], context
+        self.optimizer = sgd(self.weights, args)
         self.arch_optimizer = torch.optim.Adam(self.sizes, args.arch_lr, betas=(0.5, 0.999),
                                                weight_decay=1e-3, fused=True)
         self.tau = torch.ones((), device=context.device)
@@ -1405,7 +1189,8 @@ class SearchStep(Stepper):
         def loss(x, y):
             sample = sample_sizes(net.alpha, net.beta, self.tau, args.num_samples,
                                   args.sampler == "gumbel")
-            logits = self.logits(net, x, sample)
+            with autocast(precision, context.device):
+                logits = net(x, sample).float()  # [N, classes]
             return F.cross_entropy(logits, y), (logits.argmax(1) == y).sum()
 
         def arch_loss(x, y):
@@ -1418,23 +1203,24 @@ class SearchStep(Stepper):
         self.loss = maybe_compile(loss, args, context.device)
         self.arch_loss = maybe_compile(arch_loss, args, context.device)
 
-    def require(self, params):
+    def __call__(self, batch, arch_batch, meter, arch_meter):
+        (x, y), (arch_x, arch_y) = batch, arch_batch
+        self.follow(self.weights, self.sizes)
+        loss, correct = self.loss(x, y)
+        descend(loss, self.weights, self.optimizer, self.context)
+        meter.add(loss, correct, len(y))
+        self.follow(self.sizes, self.weights)
+        total, loss, correct = self.arch_loss(arch_x, arch_y)
+        descend(total, self.sizes, self.arch_optimizer, self.context)
+        arch_meter.add(loss, correct, len(arch_y))
+
+    @staticmethod
+    def follow(params, others):
         """Let autograd follow these parameters only, in the forward pass already."""
-        for p in self.weights + self.sizes:
+        for p in params + others:
             p.requires_grad_(False)
         for p in params:
             p.requires_grad_(True)
-
-    def __call__(self, batch, arch_batch, meter, arch_meter):
-        self.require(self.weights)
-        loss, correct = self.loss(*batch)
-        self.step(loss, self.weights, self.optimizer)
-        meter.add(loss, correct, len(batch[1]))
-        self.require(self.sizes)
-        total, loss, correct = self.arch_loss(*arch_batch)
-        self.step(total, self.sizes, self.arch_optimizer)
-        arch_meter.add(loss, correct, len(arch_batch[1]))
-
 
 @torch.no_grad()
 def evaluate(net, split, args, context, precision):
@@ -1447,18 +1233,15 @@ def evaluate(net, split, args, context, precision):
         meter.add(logits.new_zeros(()), (logits.argmax(1) == y).sum(), len(y))
     return meter.read(everywhere=True)[1]
 
-
 def train_network(run, args, context, data, net, teacher=None):
     """Train any network: unpruned or pruned, with a teacher or without. Returns the metrics."""
-    device, n = context.device, len(data.train.labels)
-    steps = n // args.batch_size
-    pad_channels(net)
-    _channels_last(net, device)
+    n, steps = len(data.train.labels), len(data.train.labels) // args.batch_size
+    _channels_last(pad_channels(net), context.device)
     precision = choose_precision(run, args, net, net.shape.image_size, context)
     if teacher is not None:
-        _channels_last(teacher, device).eval().requires_grad_(False)
+        _channels_last(teacher, context.device).eval().requires_grad_(False)
     train_step = TrainStep(net, args, context, precision, teacher)
-    warmup = min(5, args.epochs / 10) * steps
+    total, warmup = args.epochs * steps, min(5, args.epochs / 10) * steps
 
     def train_epoch(epoch, tick):
         net.train()
@@ -1466,8 +1249,7 @@ def train_network(run, args, context, data, net, teacher=None):
         batches = data.train.batches(torch.randperm(n), args.batch_size, True, context.rank,
                                      context.world)
         for step, (x, y) in enumerate(batches, epoch * steps):
-            train_step.optimizer.param_groups[0]["lr"] = args.lr * cosine(
-                step, args.epochs * steps, warmup)
+            train_step.optimizer.param_groups[0]["lr"] = args.lr * cosine(step, total, warmup)
             train_step(x, y, meter)
             tick(meter)
         loss, accuracy = meter.read(everywhere=True)
@@ -1478,12 +1260,10 @@ def train_network(run, args, context, data, net, teacher=None):
     return run_epochs(run, args, {"net": net, "optimizer": train_step.optimizer}, steps,
                       train_epoch)
 
-
 def discrepancy(probabilities, rows):
     """Mean of the top minus the second probability, over the rows that have a choice."""
     top = [p[:len(row)].topk(2).values for p, row in zip(probabilities, rows) if len(row) > 1]
     return statistics.mean(float(a - b) for a, b in top) if top else 0.0
-
 
 def search_sizes(run, args, context, data, space, target):
     """Search the sizes of `space` (paper: the search). Returns the Shape and the metrics."""
@@ -1505,10 +1285,10 @@ def search_sizes(run, args, context, data, space, target):
         streams = [split.batches(half[torch.randperm(len(half))], args.batch_size, True,
                                  context.rank, context.world)
                    for split, half in zip(splits, halves)]
-        for step, batch, arch_batch in zip(range(steps), *streams):
+        for step, *batches in zip(range(epoch * steps, (epoch + 1) * steps), *streams):
             search_step.optimizer.param_groups[0]["lr"] = args.lr * cosine(
-                epoch * steps + step, args.epochs * steps)
-            search_step(batch, arch_batch, meter, arch_meter)
+                step, args.epochs * steps)
+            search_step(*batches, meter, arch_meter)
             tick(arch_meter)
         (loss, accuracy), (val_loss, val_accuracy) = meter.read(True), arch_meter.read(True)
         context.average_statistics(net)
@@ -1528,10 +1308,7 @@ def search_sizes(run, args, context, data, space, target):
         lambda line: f", MACs {line['argmax_macs'] / full:.1%} for {target / full:.1%}")
     return extract(space, net.alpha, net.beta, target, args.tolerance), metrics
 
-
-# ------------------------------------------------------------------------------------------------
-# Commands
-# ------------------------------------------------------------------------------------------------
+# ---- Commands -----------------------------------------------------------------------------------
 
 PAPER = {  # paper (as transcribed): arch -> accuracy and MACs on CIFAR-10, then on CIFAR-100
     "resnet20": ("92.88", "22.4M", "68.90", "22.4M"),
@@ -1541,16 +1318,12 @@ PAPER = {  # paper (as transcribed): arch -> accuracy and MACs on CIFAR-10, then
     "resnet164": ("94.00", "178M", "77.76", "171M"),
     "resnet18": ("69.15", "1.21G"), "resnet50": ("76.20", "2.31G")}  # ImageNet
 
-
 def setup(args):
     """Seed, device, and the processes of torchrun -> Context."""
-    try:
+    with explain(f"--device {args.device}: {{}}; use cpu or leave it out"):
         device = torch.device(args.device if args.device != "auto" else
                               "cuda" if torch.cuda.is_available() else "cpu")
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise TASError(f"--device {args.device}: {str(error).splitlines()[0][:100]}; use cpu "
-                       "or leave it out") from None
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world:
         raise TASError(f"--batch-size {args.batch_size} must be a multiple of the {world} "
@@ -1565,34 +1338,30 @@ def setup(args):
     torch.manual_seed(args.seed)
     return Context(device, rank, world)
 
-
 def open_data(args, arch, context):
     """The data set of a command; what depends on the size of its images is filled into args."""
     if args.image_size is None:
         small = ARCHS[arch].small if args.data == "folder" else args.data != "imagenet"
         args.image_size = 32 if small else 224
     data = load_data(args.data, args.data_dir, args.image_size, context.device, args.workers)
-    large = args.image_size > 64
-    if args.epochs is None:
-        args.epochs = 120 if large else 600 if args.command == "search" else 300
+    large, searched = args.image_size > 64, args.command == "search" and args.method == "tas"
+    args.epochs = args.epochs or (120 if large else 600 if args.command == "search" else 300)
     if args.weight_decay is None:
         args.weight_decay = 1e-4 if large else 5e-4
-    parts = 2 if args.command == "search" and args.method == "tas" else 1
-    if args.command != "eval" and len(data.train.labels) // parts < args.batch_size:
-        raise TASError(f"--batch-size {args.batch_size} is larger than the "
-                       f"{len(data.train.labels) // parts} training images"
-                       + (" of each half of the search" if parts == 2 else ""))
+    images = len(data.train.labels) // (2 if searched else 1)
+    if args.command != "eval" and images < args.batch_size:
+        raise TASError(f"--batch-size {args.batch_size} is larger than the {images} training "
+                       f"images{' of each half of the search' if searched else ''}")
     return data
 
-
-def run_settings(args, data, **more):
-    """What determines the result of a run, and nothing else."""
-    names = ["command", "data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
-             "precision"]
+def open_run(args, data, context, out, **more):
+    """The Run of a command in --out; its settings are what determines the result, nothing else."""
+    names = ("command", "data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
+             "precision")
     images = (f"{len(data.train.labels)} + {len(data.test.labels)} images, "
               f"{len(data.classes)} classes")
-    return {**{k: getattr(args, k) for k in names}, "images": images, **more}
-
+    return Run(args.out or f"runs/{args.data}-{args.arch}/{out}", {
+        **{k: getattr(args, k) for k in names}, "images": images, **more}, args, context)
 
 def parse_target(text, full):
     """--flops: a fraction of the unpruned network's MACs such as 0.47, or MACs such as 59.5M."""
@@ -1607,6 +1376,11 @@ def parse_target(text, full):
                        f"1) or MACs up to its {full:,}, for example 0.5 or {full * 5e-7:.1f}M")
     return round(target)
 
+def summary(shape):
+    """MACs and parameters of a Shape in words."""
+    macs, full = count_macs(shape), count_macs(shape.full)
+    return f"{macs / 1e6:.2f}M MACs ({macs / full:.1%} of the unpruned), " \
+           f"{count_params(shape) / 1e6:.3f}M parameters"
 
 def load(path):
     """The network of a run directory of `train` with its weights, or a new one of a shape file, in
@@ -1617,22 +1391,17 @@ def load(path):
     if not (path / "weights.pt").exists():
         raise TASError(f"{path} has no weights.pt; give the directory of a finished `train`")
     net = ResNet(Shape.load(path / "shape.json"))
-    try:
+    with explain(f"{path / 'weights.pt'} does not fit {path / 'shape.json'}"):
         net.load_state_dict(load_tensors(path / "weights.pt"))
-    except (RuntimeError, AttributeError):
-        raise TASError(f"{path / 'weights.pt'} does not fit {path / 'shape.json'}") from None
     return net.eval()
-
 
 def load_teacher(path, shape):
     """The trained unpruned network that is to guide `shape`, and a checksum that names it."""
     if path == "torchvision":
         from torchvision.models import get_model
-        try:
+        with explain(f"--teacher torchvision: no weights of {shape.arch} to be had ({{}}); train a "
+                     "teacher instead"):
             weights = get_model(shape.arch, weights="DEFAULT").state_dict()
-        except Exception as error:  # no such model, no network ...
-            raise TASError(f"--teacher torchvision: no weights of {shape.arch} to be had "
-                           f"({str(error)[:80]}); train a teacher instead") from None
         net = ResNet(Shape.unpruned(shape.arch, len(weights["fc.bias"]), shape.image_size))
         net.load_state_dict(weights)
     else:
@@ -1644,22 +1413,19 @@ def load_teacher(path, shape):
     flat = nn.utils.parameters_to_vector(net.parameters()).detach()
     return net, zlib.crc32(flat.numpy().tobytes())
 
-
 def finish(run, shape, metrics, **result):
     """Write shape.json and the result of a run."""
-    if run.main:
+    if run.first:
         shape.save(run.path / "shape.json")
     run.update(result={**result, "macs": count_macs(shape), "params": count_params(shape),
                        "full_macs": count_macs(shape.full),
                        "seconds": round(sum(line["seconds"] for line in metrics), 1)})
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()  # the next step of `prune` reads these files
-
 
 def place(args):
     """The flags that name the data, for the next command."""
     return f"--data {args.data} --data-dir {args.data_dir}".removesuffix(" --data-dir data")
-
 
 def command_train(args):
     """Train the unpruned network of --arch, or the pruned one of --shape."""
@@ -1682,10 +1448,8 @@ def command_train(args):
             raise TASError(f"{args.shape} has {name} {getattr(shape, name)}, the data "
                            f"{getattr(full, name)}; change the file if that is meant")
     teacher, checksum = load_teacher(args.teacher, shape) if args.teacher else (None, None)
-    step = "teacher" if shape == full else "pruned"
-    run = Run(args.out or f"runs/{args.data}-{args.arch}/{step}", run_settings(
-        args, data, shape=dataclasses.asdict(shape), transfer=args.transfer, teacher=checksum),
-        args, context)
+    run = open_run(args, data, context, "teacher" if shape == full else "pruned",
+                   shape=dataclasses.asdict(shape), transfer=args.transfer, teacher=checksum)
     if run.result is None:
         torch.manual_seed(args.seed)
         net = ResNet(shape)
@@ -1693,20 +1457,17 @@ def command_train(args):
             inherit_weights(net, teacher)
         metrics = train_network(run, args, context, data, net,
                                 teacher if args.transfer == "kd" else None)
-        if run.main:  # without the padded channels
+        if run.first:  # without the padded channels
             save_tensors(run.path / "weights.pt", inherit_weights(ResNet(shape), net).state_dict())
-        source = Path(args.shape or "none").parent / "run.json"
-        teacher_run = Path(args.teacher or "none") / "run.json"
-        finish(run, shape, metrics, accuracy=metrics[-1]["test_accuracy"],
-               teacher_accuracy=((read_json(teacher_run).get("result") or {}).get("accuracy")
-                                 if teacher_run.exists() else None),
-               search=read_json(source)["settings"] if source.exists() else None)
-    if run.main:
+        above, search = [read_json(d / "run.json") if (d / "run.json").exists() else {} for d in (
+            Path(args.teacher or "none"), Path(args.shape or "none/").parent)]
+        finish(run, shape, metrics, accuracy=metrics[-1]["test_accuracy"], search=search.get(
+            "settings"), teacher_accuracy=(above.get("result") or {}).get("accuracy"))
+    if run.first:
         print(f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on {args.data}, "
-              f"{summary(shape)}")
-        print(f"next: python tas.py search {place(args)} --arch {args.arch} --flops 0.5"
-              if shape == full else f"next: python tas.py export {run.path}")
-
+              f"{summary(shape)}\nnext: python tas.py "
+              + (f"search {place(args)} --arch {args.arch} --flops 0.5" if shape == full
+                 else f"export {run.path}"))
 
 def command_search(args):
     """Search the sizes of --arch that meet --flops; leaves shape.json."""
@@ -1717,32 +1478,25 @@ def command_search(args):
     if args.arch_lr is None:
         steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
         args.arch_lr = min(0.05, max(1e-3, 59 / max(1, steps)))
-    out = Path(args.out or f"runs/{args.data}-{args.arch}/search")
-    if not (out / "run.json").exists():  # a target out of reach ends before anything is written
-        extract(space, torch.zeros(len(space.widths), space.K),
-                torch.zeros(len(space.depths), space.D), target, args.tolerance)
-    if args.method == "uniform":
-        shape = scale_shape(space, target, args.tolerance, args.round)
+    # A target out of reach ends before anything is written.
+    torch.manual_seed(args.seed)
+    shape = {"tas": draw_shape, "random": draw_shape, "uniform": functools.partial(
+        scale_shape, round_to=args.round)}[args.method](space, target, args.tolerance)
     names = ["search", "method", "num_samples", "sampler", "align", "round", "tolerance", "arch_lr"]
-    run = Run(out, run_settings(
-        args, data, arch=args.arch, target=target, **{k: getattr(args, k) for k in names}),
-        args, context)
+    run = open_run(args, data, context, "search", arch=args.arch, target=target,
+                   **{k: getattr(args, k) for k in names})
     if run.result is None:
-        metrics, last = [], {}
-        torch.manual_seed(args.seed)
+        metrics = []
         if args.method == "tas":
+            torch.manual_seed(args.seed)
             shape, metrics = search_sizes(run, args, context, data, space, target)
-            last = metrics[-1]
-        elif args.method == "random":
-            shape = draw_shape(space, target, args.tolerance)
-        finish(run, shape, metrics, **{k: last[k] for k in (
-            "val_accuracy", "width_discrepancy", "depth_discrepancy") if k in last})
-    if run.main:
+        finish(run, shape, metrics, **{k: metrics[-1][k] for k in (
+            "val_accuracy", "width_discrepancy", "depth_discrepancy") if metrics})
+    if run.first:
         path = run.path / "shape.json"
-        print(f"{path}: {summary(Shape.load(path))}; target {target / 1e6:.2f}M")
-        print(f"next: python tas.py train {place(args)} --shape {path} --teacher "
+        print(f"{path}: {summary(Shape.load(path))}; target {target / 1e6:.2f}M\n"
+              f"next: python tas.py train {place(args)} --shape {path} --teacher "
               f"{run.path.parent / 'teacher'}")
-
 
 def command_prune(args):
     """Train the teacher, search the sizes, distil the pruned network; finished parts are kept."""
@@ -1760,33 +1514,28 @@ def command_prune(args):
     part("train", command_train, "pruned", shape=base / "search" / "shape.json", teacher=teacher,
          transfer=transfer)
 
-
 def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
-    net, context = load(args.dir), setup(args)
+    net, context, info = load(args.dir), setup(args), Path(args.dir) / "run.json"
     args.image_size = args.image_size or net.shape.image_size
     data = open_data(args, net.shape.arch, context)
     if len(data.classes) != net.shape.num_classes:
         raise TASError(f"{args.dir} has {net.shape.num_classes} classes, the data "
                        f"{len(data.classes)}; give the --data that it was trained on")
-    shape, info = net.shape, Path(args.dir) / "run.json"
     precision = read_json(info).get("precision") if args.precision == "auto" and info.exists() \
         else args.precision  # as in the last epoch of the run
-    _channels_last(pad_channels(net), context.device)
-    accuracy = evaluate(net, data.test, args, context, precision)
+    accuracy = evaluate(_channels_last(pad_channels(net), context.device), data.test, args, context,
+                        precision)
     print(f"{args.dir}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images, "
           f"{summary(net.shape)}\nnext: python tas.py export {args.dir}")
 
-
 def command_export(args):
     """Write a trained network as a torch.export program (and ONNX) with a dynamic batch."""
-    net, out = load(args.dir), Path(args.dir)
+    net, out, programs = load(args.dir), Path(args.dir), []
     size = net.shape.image_size
-    programs = []
     for model in (ResNet(net.shape.full).eval(), net):
-        batch = torch.export.Dim("batch", min=1)
-        program = torch.export.export(model, (torch.zeros(2, 3, size, size),),
-                                      dynamic_shapes=({0: batch},))
+        program = torch.export.export(model, (torch.zeros(2, 3, size, size),), dynamic_shapes=(
+            {0: torch.export.Dim("batch", min=1)},))
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
         programs.append(buffer.getvalue())
@@ -1798,63 +1547,60 @@ def command_export(args):
           f"{len(programs[0]) / 1e6:.2f} MB), {summary(net.shape)}; outputs equal eager ones\n"
           f"next: torch.export.load('{out / 'network.pt2'}').module()(images)")
     if args.onnx:
-        try:
+        with explain("--onnx: {}; pip install onnx onnxscript onnxruntime", ImportError):
             import onnx, onnxscript  # noqa: E401, F401
-        except ImportError as error:
-            raise TASError(f"--onnx needs the package {error.name}: pip install onnx onnxscript "
-                           "onnxruntime") from None
         torch.onnx.export(program, dynamo=True).save(out / "network.onnx")
         print(f"{out / 'network.onnx'}: {(out / 'network.onnx').stat().st_size / 1e6:.2f} MB")
-
 
 def command_describe(args):
     """A network layer by layer: widths, MACs and their share, against the unpruned network."""
     path = Path(args.network)
     if args.network in ARCHS:
-        shape = Space(args.network, 10 if ARCHS[args.network].small else 1000).full
+        shape = Shape.unpruned(args.network, 10 if ARCHS[args.network].small else 1000)
     elif path.exists():
         shape = Shape.load(path / "shape.json" if path.is_dir() else path)
     else:
         raise TASError(f"{args.network} is neither an arch{nearest(args.network, ARCHS)} nor a "
                        "shape file")
-    full, total = shape.full, count_macs(shape)
-    print(f"{'layer':<20}{'width':>6}{'of':>6}{'MACs':>15}{'share':>8}")
-
-    def row(name, width, of, macs):
-        bar = "#" * max(1, round(24 * width / of)) if width else "dropped"
-        print(f"{name:<20}{width:>6}{of:>6}{macs:>15,}{macs / total:>8.1%}  {bar}")
-
-    space, n = Space.single(shape), len(ARCHS[shape.arch].kernels)
-    row("stem", shape.stem, full.stem, space.stem_cost * shape.stem)
-    c, block = shape.stem, 0
+    full, total, space, c, block = shape.full, count_macs(shape), Space.single(shape), shape.stem, 0
+    rows = [("stem", c, full.stem, space.stem_cost * c)]
     for s, (blocks, widest) in enumerate(zip(shape.stages, full.stages)):
         for b, of in enumerate(widest):
-            widths, c_in = (blocks[b] if b < len(blocks) else [0] * n), c
-            for i, width in enumerate(widths):
-                cost = int(space.conv_cost[i, block]) if width else 0
-                row(f"stage{s + 1}.{b + 1}.conv{i + 1}", width, of[i], cost * c * width)
+            name, c_in, kept = f"stage{s + 1}.{b + 1}", c, b < len(blocks)
+            for i, width in enumerate(blocks[b] if kept else [0] * space.n):
+                cost = int(space.conv_cost[i, block]) * c * width if kept else 0
+                rows.append((f"{name}.conv{i + 1}", width, of[i], cost))
                 c = width or c
-            if widths[0]:
-                if not (space.free[block] and c == c_in):
-                    row(f"stage{s + 1}.{b + 1}.shortcut", c, of[-1],
-                        int(space.project_cost[block]) * c_in * c)
-                block += 1
-    row("classifier", shape.num_classes, shape.num_classes, c * shape.num_classes)
-    print(f"{shape.arch}, {shape.num_classes} classes, {shape.image_size} pixels: {summary(shape)}")
-    print("next: python tas.py " + (
-        f"train --data DATA --shape {args.network}" if shape != full else
-        f"prune --data DATA --arch {shape.arch} --flops 0.5"))
-
+            if kept and not (space.free[block] and c == c_in):
+                rows.append((f"{name}.shortcut", c, of[-1],
+                             int(space.project_cost[block]) * c_in * c))
+            block += kept
+    rows.append(("classifier", *[shape.num_classes] * 2, c * shape.num_classes))
+    print(f"{'layer':<20}{'width':>6}{'of':>6}{'MACs':>15}{'share':>8}")
+    for name, width, of, macs in rows:
+        print(f"{name:<20}{width:>6}{of:>6}{macs:>15,}{macs / total:>8.1%}  "
+              + ("#" * max(1, round(24 * width / of)) if width else "dropped"))
+    print(f"{shape.arch}, {shape.num_classes} classes, {shape.image_size} pixels: {summary(shape)}"
+          "\nnext: python tas.py "
+          + (f"train --data DATA --shape {args.network}" if shape != full else
+             f"prune --data DATA --arch {shape.arch} --flops 0.5"))
 
 def command_bench(args):
     """Time training, search, batching and inference, alternating in one process; print ratios."""
     context = setup(args)
-    size = args.image_size or (32 if ARCHS[args.arch].small else 224)
-    space, times = Space(args.arch, 10, size).to(context.device), {}
-    shapes = {"unpruned": space.full} | {Path(s).stem: Shape.load(s) for s in args.shape}
-    cases = {(name, precision): function
-             for precision in (["fp32", "bf16"] if args.precision == "auto" else [args.precision])
-             for name, function in _bench_cases(args, context, space, shapes, precision)}
+    space, times = Space(args.arch, 10, args.image_size), {}
+    shapes = {"unpruned": space.full} | {s: Shape.load(s) for s in args.shape}
+    precisions = ["fp32", "bf16"] if args.precision == "auto" else [args.precision]
+    memory = {}
+    if context.device.type == "cpu":
+        for name in ("training", "search, 2 candidates mixed"):
+            with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+                memory[name] = pool.apply(_peak_memory, (args, space, precisions[-1], name))
+        print(f"{precisions[-1]} peak memory of the search / of training: "
+              "{1:.0f} / {0:.0f} MB = {2:.2f}".format(
+                  *memory.values(), memory["search, 2 candidates mixed"] / memory["training"]))
+    cases = {(name, precision): function for precision in precisions for name, function in
+             _bench_cases(args, context, space, shapes, precision).items()}
     sync = torch.cuda.synchronize if context.device.type == "cuda" else lambda: None
     for _ in range(args.rounds + 2):  # the first two warm up
         for case, function in cases.items():
@@ -1863,92 +1609,71 @@ def command_bench(args):
             function()
             sync()
             times.setdefault(case, []).append(1e3 * (time.perf_counter() - start))
-    rows = []
-    for (name, precision), values in times.items():
+    rows, median = [], {case: statistics.median(values[2:]) for case, values in times.items()}
+    for (name, precision), ms in median.items():
         base = "inference, unpruned" + name[name.rfind(","):] if "inference" in name else "training"
-        median = statistics.median(values[2:])
-        rows.append({"case": name, "precision": precision, "ms": round(median, 2), "to": base,
-                     "ratio": round(median / statistics.median(times[base, precision][2:]), 3)})
-        print(f"{precision} {name:<42}{median:>10.2f} ms {rows[-1]['ratio']:>7.3f} x {base}")
-    memory = {}
-    if context.device.type == "cpu":
-        for search in (False, True):
-            with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-                memory["search" if search else "training"] = pool.apply(
-                    _peak_memory, (args.arch, args.batch_size, size, rows[-1]["precision"], search))
-        print(f"peak memory of the search / of training ({rows[-1]['precision']}): "
-              f"{memory['search']:.0f} / {memory['training']:.0f} MB = "
-              f"{memory['search'] / max(memory['training'], 1e-3):.2f}")
+        rows.append({"case": name, "precision": precision, "ms": round(ms, 2), "to": base,
+                     "ratio": round(ms / median[base, precision], 3)})
+        print(f"{precision} {name:<42}{ms:>10.2f} ms {rows[-1]['ratio']:>7.3f} x {base}")
     macs = {name: round(count_macs(s) / count_macs(space.full), 4) for name, s in shapes.items()}
     print("MACs: " + ", ".join(f"{name} {ratio:.1%}" for name, ratio in macs.items()))
     if args.json:
-        write_json(args.json, {
+        write_file(args.json, json.dumps({
             "command": args.line, "machine": machine(), "torch": torch.__version__,
-            "arch": args.arch,
-            "threads": torch.get_num_threads(), "batch_size": args.batch_size, "rows": rows,
-            "macs_ratio": macs, "peak_memory_mb": memory})
+            "threads": torch.get_num_threads(), "arch": args.arch, "batch_size": args.batch_size,
+            "rows": rows, "macs_ratio": macs, "peak_memory_mb": memory}, indent=1).encode())
     print(f"next: python tas.py prune --data cifar10 --arch {args.arch} --flops 0.5")
 
-
 def _bench_cases(args, context, space, shapes, precision):
-    """(name, function) of everything that is timed in one precision."""
+    """name -> function of everything that is timed in one precision."""
     device, batch, size = context.device, args.batch_size, space.full.image_size
-    pixels = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8)
-    split = SmallImages(pixels, torch.randint(10, (batch,)), device)
+    split = SmallImages(torch.randint(256, (batch, size, size, 3), dtype=torch.uint8),
+                        torch.randint(10, (batch,)), device)
     order, meter = torch.arange(batch), Meter(context)
     x, y = next(split.batches(order, batch, True))
-    train_step = TrainStep(_channels_last(pad_channels(ResNet(space.full)), device), args, context,
-                           precision)
-    cases = [("training", lambda: train_step(x, y, meter)),
-             ("batching and augmentation", lambda: next(split.batches(order, batch, True)))]
+    net = _channels_last(pad_channels(ResNet(space.full)), device)
+    train_step = TrainStep(net, args, context, precision)
+    cases = {"training": lambda: train_step(x, y, meter),
+             "batching and augmentation": lambda: next(split.batches(order, batch, True))}
     for n in (2, space.K):
-        some = argparse.Namespace(**{**vars(args), "num_samples": n})
-        step = SearchStep(_channels_last(SuperResNet(space), device), some, context, precision,
-                          count_macs(space.full) / 2)
-        cases.append((f"search, {n} candidates mixed", functools.partial(
-            step, (x, y), (x, y), meter, meter)))
+        step = SearchStep(_channels_last(SuperResNet(space), device), argparse.Namespace(
+            **{**vars(args), "num_samples": n}), context, precision, count_macs(space.full) / 2)
+        cases[f"search, {n} candidates mixed"] = functools.partial(step, (x, y), (x, y), meter,
+                                                                   meter)
     for name, shape in shapes.items():
         net = _channels_last(ResNet(shape).eval().requires_grad_(False), device)
         for n in (1, batch):
             def infer(net=net, x=x[:n]):
                 with torch.no_grad(), autocast(precision, device):
                     return net(x)
-            cases.append((f"inference, {name}, batch {n}", infer))
+            cases[f"inference, {name}, batch {n}"] = infer
     return cases
 
-
-def _peak_memory(arch, batch, size, precision, search):
-    """Growth in MB of this process's resident set over three steps."""
-    import resource
-    args = build_parser().parse_args(["bench", "--arch", arch, "--batch-size", str(batch)])
-    context, space = Context(torch.device("cpu")), Space(arch, 10, size)
-    x, y = torch.randn(batch, 3, size, size), torch.zeros(batch, dtype=torch.long)
-    x, meter = x.to(memory_format=torch.channels_last), Meter(context)
-    net = _channels_last(SuperResNet(space) if search else ResNet(space.full), "cpu")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = (SearchStep(net, args, context, precision, count_macs(space.full) / 2) if search else
-            TrainStep(net, args, context, precision))
+def _peak_memory(args, space, precision, case):
+    """Growth in MB of the resident set of this new process, at its peak in three steps."""
+    def peak():
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    step = _bench_cases(args, Context(torch.device("cpu")), space, {}, precision)[case]
+    before = peak()
     for _ in range(3):
-        step(*((x, y), (x, y), meter, meter) if search else (x, y, meter))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-
+        step()
+    return peak() - before
 
 def _report_rows(runs):
     """Trained networks grouped over seeds: the cells of the Markdown table."""
     groups = {}
     for info in runs:
-        if info["settings"]["command"] == "train":
-            shape, search = Shape(**info["settings"]["shape"]), info["result"].get("search") or {}
+        settings, search = info["settings"], info["result"].get("search") or {}
+        if settings["command"] == "train":
             kind = search.get("method") or "given shape"
             kind += "".join(f", {k} {search[k]}" for k, usual in (
                 ("search", "both"), ("num_samples", 2), ("sampler", "gumbel"), ("align", "cwi"),
                 ("round", 1)) if kind == "tas" and search[k] != usual)
-            if shape == shape.full:
-                kind = "unpruned"
-            key = (shape.arch, info["settings"]["data"], info["settings"]["images"], kind,
-                   info["settings"]["transfer"], info["settings"]["epochs"], search.get("epochs"),
-                   search.get("target"))
-            groups.setdefault(key, []).append(info)
+            shape = Shape(**settings["shape"])
+            groups.setdefault((shape.arch, settings["data"], settings["images"],
+                               "unpruned" if shape == shape.full else kind, settings["transfer"],
+                               settings["epochs"], search.get("epochs"), search.get("target")),
+                              []).append(info)
     for key in sorted(groups, key=str):
         arch, data, images, kind, transfer, epochs, search_epochs, target = key
         infos = sorted(groups[key], key=lambda info: info["settings"]["seed"])
@@ -1961,53 +1686,41 @@ def _report_rows(runs):
 
         drops = [r["teacher_accuracy"] - r["accuracy"]
                  for r in results if r.get("teacher_accuracy")]
-        known = [images.startswith("50000 + 10000") and images.endswith(f" {n} classes")
-                 for n in (10, 100)] + [data == "imagenet"]
-        paper = PAPER.get(arch, ())[2 * known.index(True) % 4:][:2] if any(known) else ()
-        macs = statistics.mean(r["macs"] for r in results)
+        known = [images == f"50000 + 10000 images, {n} classes" for n in (10, 100)]
+        paper = PAPER.get(arch, ())[2 * known.index(True) % 4:][:2] \
+            if any(known := [*known, data == "imagenet"]) and kind == "tas" else ()
+        macs = statistics.mean(r["macs"] / r["full_macs"] for r in results)
         yield [arch, data, kind, transfer, f"{target / 1e6:.2f}" if target else "-",
-               mean("macs", 1e6), f"{100 * (1 - macs / results[0]['full_macs']):.1f}",
-               mean("params", 1e6, 3), mean("teacher_accuracy"), mean("accuracy"),
+               mean("macs", 1e6), f"{100 * (1 - macs):.1f}", mean("params", 1e6, 3),
+               mean("teacher_accuracy"), mean("accuracy"),
                f"{statistics.mean(drops):.2f}" if drops else "-",
                " ".join(str(info["settings"]["seed"]) for info in infos),
                f"{search_epochs or 0} + {epochs}" if kind.startswith("tas") else str(epochs),
-               mean("seconds", 60, 1),
-               f"{paper[0]} at {paper[1]}" if paper and kind == "tas" else "-"]
-
+               mean("seconds", 60, 1), " at ".join(paper) or "-"]
 
 def command_report(args):
     """One Markdown table and one figure over all runs below the given directories."""
+    places = ", ".join(args.dirs)
     paths = sorted({p for d in args.dirs for p in Path(d).rglob("run.json")})
     runs = [(p.parent, info) for p in paths if (info := read_json(p)).get("result")]
     if not runs:
-        raise TASError(f"no finished run below {', '.join(args.dirs)}; train or search first")
+        raise TASError(f"no finished run below {places}; train or search first")
     head = ["arch", "data", "size found by", "transfer", "target M", "MACs M", "removed %",
-            "params M", "teacher %", "accuracy %", "drop", "seeds", "epochs", "minutes",
+            "params M", "teacher %", "accuracy %", "drop", "seeds", "epochs", "training minutes",
             "paper (as transcribed)"]
-    try:
+    out = Path(args.out or args.dirs[0])
+    with explain(f"a run below {places} is damaged ({{}}); remove that run"):
         rows = [head, ["---"] * len(head), *_report_rows([info for _, info in runs])]
         machines = sorted({info["machine"] for _, info in runs})
-        searches = [p for p, info in runs if info["settings"].get("method") == "tas"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise TASError(f"a run.json below {', '.join(args.dirs)} is damaged ({error}); remove that "
-                       "run") from None
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    out = Path(args.out or args.dirs[0])
-    write_file(out / "report.md", (
-        f"{table}\nAccuracy is that of the last epoch on the test images, mean ± standard "
-        f"deviation over the seeds. Machine: {'; '.join(machines)}.\n").encode())
-    print(table, end="")
-    print(f"{out / 'report.md'}" + (f", {out / 'report.png'}" if searches else ""))
-    if searches:
-        try:
+        table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        write_file(out / "report.md", (
+            f"{table}\nAccuracy is that of the last epoch on the test images, mean ± standard "
+            f"deviation over the seeds. Machine: {'; '.join(machines)}.\n").encode())
+        searches = [path for path, info in runs if info["settings"].get("method") == "tas"]
+        if searches:
             _draw_report(searches[0], out / "report.png")
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, TASError):
-                raise
-            raise TASError(f"{searches[0]} has damaged metrics.jsonl or run.json ({error}); remove "
-                           "that run") from None
-    print("next: python tas.py describe DIR/shape.json")
-
+    print(f"{table}{out / 'report.md'}" + (f", {out / 'report.png'}" if searches else "")
+          + "\nnext: python tas.py describe DIR/shape.json")
 
 def _draw_report(directory, path):
     """The trajectory of one search, and the widths it found over the unpruned ones."""
@@ -2017,40 +1730,35 @@ def _draw_report(directory, path):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     settings, shape = read_json(directory / "run.json")["settings"], Shape.load(
         directory / "shape.json")
-    full, epoch = shape.full, [line["epoch"] for line in lines]
-    total = count_macs(full)
+    full, epoch, total = shape.full, [line["epoch"] for line in lines], count_macs(shape.full)
     figure, axes = plt.subplot_mosaic([["macs", "tau", "gap", "accuracy"], ["widths"] * 4],
                                       figsize=(13, 6.4), layout="constrained")
-    low, high = (100 * settings["target"] * (1 + t) / total
-                 for t in (-settings["tolerance"], settings["tolerance"]))
-    axes["macs"].axhspan(low, high, color="0.85", label="target band")
-    for panel, keys, scale, unit in (
-            ("macs", {"expected_macs": "expected", "argmax_macs": "most probable"}, 100 / total,
-             "MACs (% of unpruned)"),
-            ("tau", {"tau": "tau"}, 1, "temperature tau"),
-            ("gap", {"width_discrepancy": "widths", "depth_discrepancy": "depths"}, 1,
-             "top minus second probability"),
-            ("accuracy", {"val_accuracy": "architecture half", "train_accuracy": "weight half"}, 1,
-             "accuracy of sampled sizes (%)")):
-        for (key, label), colour, mark in zip(keys.items(), ("#0072B2", "#D55E00"), "os"):
+    axes["macs"].axhspan(*(100 * settings["target"] * (1 + t) / total for t in (
+        -settings["tolerance"], settings["tolerance"])), color="0.85", label="target band")
+    for panel, scale, unit, curves in (
+            ("macs", 100 / total, "MACs (% of unpruned)",
+             {"expected_macs": "expected", "argmax_macs": "most probable"}),
+            ("tau", 1, "temperature tau", {"tau": "tau"}),
+            ("gap", 1, "top minus second probability",
+             {"width_discrepancy": "widths", "depth_discrepancy": "depths"}),
+            ("accuracy", 1, "accuracy of sampled sizes (%)",
+             {"val_accuracy": "architecture half", "train_accuracy": "weight half"})):
+        for (key, label), colour, mark in zip(curves.items(), ("#0072B2", "#D55E00"), "os"):
             axes[panel].plot(epoch, [scale * line[key] for line in lines], color=colour,
                              marker=mark if len(epoch) < 40 else "", label=label)
         axes[panel].set(xlabel="epoch", ylabel=unit)
         axes[panel].xaxis.get_major_locator().set_params(integer=True)
         axes[panel].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3,
                            fontsize="small", handlelength=1.2, columnspacing=1)
-    n, found, at = len(ARCHS[shape.arch].kernels), [shape.stem], 1
+    n, axis, found = len(full.stages[0][0]), axes["widths"], [shape.stem]
     for blocks, widest in zip(shape.stages, full.stages):
+        axis.axvline(len(found) - 0.5, color="0.4", linewidth=0.8, linestyle=":")
         found += itertools.chain(*blocks, [0] * n * (len(widest) - len(blocks)))
-    axis, layers = axes["widths"], range(len(found))
-    axis.bar(layers, full.convs, color="0.85", width=0.9, label="unpruned")
-    axis.bar(layers, found, color="#0072B2", width=0.9, label="found")
-    dropped = [j for j in layers if not found[j]]
+    dropped = [j for j, width in enumerate(found) if not width]
+    axis.bar(range(len(found)), full.convs, color="0.85", width=0.9, label="unpruned")
+    axis.bar(range(len(found)), found, color="#0072B2", width=0.9, label="found")
     axis.plot(dropped, [0] * len(dropped), "x", color="#D55E00", clip_on=False,
               label="dropped block" if dropped else None)
-    for blocks in full.stages:
-        axis.axvline(at - 0.5, color="0.4", linewidth=0.8, linestyle=":")
-        at += n * len(blocks)
     axis.set(xlabel="conv, in order (dotted: stages begin)", ylabel="channels",
              xlim=(-0.6, len(found) - 0.4))
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -2062,13 +1770,11 @@ def _draw_report(directory, path):
     plt.close(figure)
     write_file(path, buffer.getbuffer())
 
-
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message):
         raise TASError(f"{message}; see python {self.prog} --help")
-
 
 def one_of(*options):
     """Argument type: one of the options; a wrong word is answered with the nearest."""
@@ -2079,20 +1785,14 @@ def one_of(*options):
         return text
     return parse
 
-
 def number(kind, low, high):
     """Argument type: an int or float from low to high."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {kind.__name__} from {low} to "
-                                             f"{high}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {kind.__name__} from {low} to {high}")
     return parse
-
 
 OPTIONS = {  # group -> (flag, argument type, default, help)
     "network": [("--arch", one_of(*ARCHS), None, " ".join(ARCHS))],
@@ -2130,63 +1830,63 @@ OPTIONS = {  # group -> (flag, argument type, default, help)
         ("--workers", number(int, 0, 256), min(8, os.cpu_count()), "processes that read images"),
         ("--precision", one_of("auto", "fp32", "bf16"), "auto", "auto fp32 bf16 (the faster)"),
         ("--compile", one_of("auto", "on", "off"), "auto", "auto on off (auto: on CUDA)"),
-        ("--quiet", None, False, "print results only")]}
+        ("--quiet", None, False, "print results only")],
+    "dir": [("dir", str, None, "directory of a finished train")],
+    "onnx": [("--onnx", None, False, "ONNX as well")],
+    "any network": [("network", str, None, "arch, shape file or run directory")],
+    "runs": [("dirs", "+", None, "directories with runs below them"),
+             ("--out", str, None, "where report.md and report.png go (the first directory)")],
+    "measuring": [
+        ("--batch-size", number(int, 1, 65536), 256, "(256)"),
+        ("--image-size", number(int, 8, 1024), None, "(32 or 224)"),
+        ("--rounds", number(int, 1, 1000), 7, "of measuring, after two of warm-up (7)"),
+        ("--shape", "*", [], "shapes whose inference is timed too"),
+        ("--json", str, None, "write the table to this file")]}
 _RUN = ["network", "data", "schedule", "running"]
-COMMANDS = {  # command -> (function, groups of options)
-    "train": (command_train, [*_RUN, "shape", "knowledge transfer"]),
-    "search": (command_search, [*_RUN, "target", "ablations"]),
-    "prune": (command_prune, [*_RUN, "target", "ablations", "knowledge transfer"]),
-    "eval": (command_eval, ["data", "running"]),
-    "export": (command_export, []), "describe": (command_describe, []),
-    "bench": (command_bench, ["network"]), "report": (command_report, [])}
-
+COMMANDS = {  # command -> (function, groups of options, other settings)
+    "train": (command_train, [*_RUN, "shape", "knowledge transfer"], {}),
+    "search": (command_search, [*_RUN, "target", "ablations"], {}),
+    "prune": (command_prune, [*_RUN, "target", "ablations", "knowledge transfer"], {}),
+    "eval": (command_eval, ["dir", "data", "running"],
+             dict(batch_size=256, seed=0, epochs=1, weight_decay=0.0)),
+    "export": (command_export, ["dir", "onnx"], {}),
+    "describe": (command_describe, ["any network"], {}),
+    "bench": (command_bench, ["network", "measuring", "running"], dict(
+        lr=0.01, weight_decay=5e-4, arch_lr=1e-3, tolerance=0.05, num_samples=2, sampler="gumbel",
+        seed=0, arch="resnet20")),
+    "report": (command_report, ["runs"], {})}
 
 def build_parser():
     """The command line."""
     parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
                                      parser_class=Parser)
-    for name, (function, groups) in COMMANDS.items():
-        p = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        p.set_defaults(function=function)
+    for name, (function, groups, others) in COMMANDS.items():
+        p = commands.add_parser(
+            name, help=function.__doc__, description=function.__doc__, usage=f"%(prog)s [options]",
+            formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28))
         for group in groups:
             section = p.add_argument_group(group)
             for flag, kind, default, text in OPTIONS[group]:
-                needed = flag == "--data" or flag == "--arch" and name in ("search", "prune")
                 how = {"action": "store_true"} if kind is None else {
-                    "type": kind, "metavar": flag[2:].upper().replace("-", "_")}
-                section.add_argument(flag, default=default, required=needed, help=text, **how)
-        if name in ("eval", "export"):
-            p.add_argument("dir", help="directory of a finished train")
-    commands.choices["eval"].set_defaults(batch_size=256, seed=0, epochs=1, weight_decay=0.0)
-    commands.choices["export"].add_argument("--onnx", action="store_true", help="ONNX as well")
-    commands.choices["describe"].add_argument("network", help="arch, shape file or run directory")
-    p = commands.choices["report"]
-    p.add_argument("dirs", nargs="+", help="directories with runs below them")
-    p.add_argument("--out", help="where report.md and report.png go (the first directory)")
-    p = commands.choices["bench"]
-    p.set_defaults(lr=0.01, weight_decay=5e-4, arch_lr=1e-3, tolerance=0.05, num_samples=2,
-                   sampler="gumbel", seed=0, arch="resnet20")
-    for flag, kind, default, text in (
-            ("--batch-size", number(int, 1, 65536), 256, "(256)"),
-            ("--image-size", number(int, 8, 1024), None, "(32 or 224)"),
-            ("--rounds", number(int, 1, 1000), 7, "of measuring, after two of warm-up (7)")):
-        p.add_argument(flag, type=kind, default=default, help=text)
-    p.add_argument("--shape", nargs="*", default=[], help="shapes whose inference is timed too")
-    p.add_argument("--json", help="write the table to this file")
-    for flag, kind, default, text in OPTIONS["running"]:
-        if flag in ("--device", "--precision", "--compile"):
-            p.add_argument(flag, type=kind, default=default, help=text)
+                    "nargs" if kind in ("*", "+") else "type": kind, "default": default,
+                    "metavar": flag.strip("-").upper().replace("-", "_")}
+                if flag == "--data" or flag == "--arch" and name in ("search", "prune"):
+                    how["required"] = True
+                section.add_argument(flag, help=text, **how)
+        p.set_defaults(function=function, **others)
     return parser
-
 
 def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can mend, 130 when stopped."""
     def stop(*_):
         raise KeyboardInterrupt
 
+    def complain(message):
+        if os.environ.get("RANK", "0") == "0":
+            print(message, file=sys.stderr)
+
     argv = sys.argv[1:] if argv is None else list(argv)
-    first = os.environ.get("RANK", "0") == "0"
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
             raise TASError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; known: "
@@ -2196,19 +1896,15 @@ def main(argv=None):
         signal.signal(signal.SIGTERM, stop)
         args.function(args)
     except TASError as error:  # its last part, when a worker process raised it
-        if first:
-            print(f"error: {str(error).rsplit('TASError: ', 1)[-1].strip()}", file=sys.stderr)
+        complain(f"error: {str(error).rsplit('TASError: ', 1)[-1].strip()}")
         return 2
     except KeyboardInterrupt:
-        if first:
-            print("stopped; the same command goes on after the last finished epoch",
-                  file=sys.stderr)
+        complain("stopped; the same command goes on after the last finished epoch")
         return 130
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
