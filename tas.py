@@ -1007,32 +1007,27 @@ class Context(NamedTuple):
         self.average([b for b in net.buffers() if b.is_floating_point()])
 
 class Meter:
-    """Mean loss and accuracy, summed on the device: only reading them waits for it."""
+    """Loss and right answers of every step, kept on the device: only reading them waits for it."""
 
     def __init__(self, context):
-        self.context, self.steps = context, 0
-        self.sums = torch.zeros(3, dtype=torch.float64, device=context.device)
-        self.first_bad = torch.full((), math.inf, device=context.device)
+        self.context, self.steps = context, []
 
     def add(self, loss, correct, count):
         """Add a batch of `count` images: its mean loss and its number of right answers."""
-        self.steps += 1
-        loss, correct = loss.detach().double(), correct.double()
-        self.sums += torch.stack([loss * count, correct, torch.full_like(loss, count)])
-        self.first_bad = torch.minimum(self.first_bad, torch.where(loss.isfinite(), math.inf,
-                                                                   float(self.steps)))
+        loss = loss.detach().double()
+        self.steps.append(torch.stack([loss * count, correct.double(),
+                                       torch.full_like(loss, count)]))
 
     def read(self, everywhere=False):
         """(mean loss, accuracy in %); `everywhere`: over all processes, which all must call it.
         Raises FloatingPointError with the first step whose loss was not finite."""
-        sums, bad = self.sums.clone(), self.first_bad.clone()
+        steps = torch.stack(self.steps)  # [steps, 3]
         if everywhere and self.context.world > 1:
-            torch.distributed.all_reduce(sums)
-            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MIN)
-        if math.isfinite(bad):
-            raise FloatingPointError(int(bad))
-        loss, correct, count = sums.tolist()
-        return loss / max(count, 1), 100 * correct / max(count, 1)
+            torch.distributed.all_reduce(steps)
+        if bad := (~steps[:, 0].isfinite()).nonzero().flatten().tolist():
+            raise FloatingPointError(bad[0] + 1)
+        loss, correct, count = steps.sum(0).tolist()
+        return loss / count, 100 * correct / count
 
 def run_epochs(run, args, parts, steps, train_epoch, note=lambda line: ""):
     """Call train_epoch(epoch, tick) -> dict for every epoch that is not done, with a checkpoint
@@ -1045,7 +1040,7 @@ def run_epochs(run, args, parts, steps, train_epoch, note=lambda line: ""):
 
     def tick(meter):
         if bar is not None:
-            if meter.steps % 50 == 1:  # reading waits for the device
+            if len(meter.steps) % 50 == 1:  # reading waits for the device
                 bar.set_postfix_str("loss {:.3f}, accuracy {:.1f}%".format(*meter.read())
                                     + (note(metrics[-1]) if metrics else ""))
             bar.update()
@@ -1549,7 +1544,7 @@ def command_export(args):
     if args.onnx:
         with explain("--onnx: {}; pip install onnx onnxscript onnxruntime", ImportError):
             import onnx, onnxscript  # noqa: E401, F401
-        torch.onnx.export(program, dynamo=True).save(out / "network.onnx")
+        torch.onnx.export(program, dynamo=True, verbose=False).save(out / "network.onnx")
         print(f"{out / 'network.onnx'}: {(out / 'network.onnx').stat().st_size / 1e6:.2f} MB")
 
 def command_describe(args):
@@ -1799,9 +1794,11 @@ OPTIONS = {  # group -> (flag, argument type, default, help)
     "shape": [("--shape", str, None, "shape.json of a pruned network, instead of --arch")],
     "data": [
         ("--data", one_of("cifar10", "cifar100", "imagenet", "folder", "synthetic"), None,
-         "cifar10 cifar100 imagenet folder synthetic"),
+         "needed: cifar10 cifar100 imagenet folder synthetic"),
         ("--data-dir", str, "data", "where the data is, or goes (data)"),
-        ("--image-size", number(int, 8, 1024), None, "pixels (32 or 224); up to 64: in memory")],
+        ("--image-size", number(int, 8, 1024), None, "pixels (32 or 224); up to 64: in memory"),
+        ("--workers", number(int, 0, 256), min(8, os.cpu_count()),
+         "processes that read images (as many as processors, at most 8)")],
     "schedule": [
         ("--epochs", number(int, 1, 100_000), None,
          "train 300, search 600, ImageNet 120 (paper)"),
@@ -1824,12 +1821,12 @@ OPTIONS = {  # group -> (flag, argument type, default, help)
     "knowledge transfer": [
         ("--teacher", str, None, "directory of the trained unpruned network, or torchvision"),
         ("--transfer", one_of("none", "init", "kd"), None, "none init kd (kd if --teacher)")],
+    "device": [
+        ("--device", str, "auto", "cpu, cuda, ... (auto: cuda where there is one)"),
+        ("--precision", one_of("auto", "fp32", "bf16"), "auto", "auto fp32 bf16 (the faster)"),
+        ("--compile", one_of("auto", "on", "off"), "auto", "auto on off (auto: on CUDA)")],
     "running": [
         ("--out", str, None, "run directory (runs/DATA-ARCH/STEP); reruns resume there"),
-        ("--device", str, "auto", "cpu, cuda, ... (auto)"),
-        ("--workers", number(int, 0, 256), min(8, os.cpu_count()), "processes that read images"),
-        ("--precision", one_of("auto", "fp32", "bf16"), "auto", "auto fp32 bf16 (the faster)"),
-        ("--compile", one_of("auto", "on", "off"), "auto", "auto on off (auto: on CUDA)"),
         ("--quiet", None, False, "print results only")],
     "dir": [("dir", str, None, "directory of a finished train")],
     "onnx": [("--onnx", None, False, "ONNX as well")],
@@ -1842,16 +1839,16 @@ OPTIONS = {  # group -> (flag, argument type, default, help)
         ("--rounds", number(int, 1, 1000), 7, "of measuring, after two of warm-up (7)"),
         ("--shape", "*", [], "shapes whose inference is timed too"),
         ("--json", str, None, "write the table to this file")]}
-_RUN = ["network", "data", "schedule", "running"]
+_RUN = ["network", "data", "schedule", "device", "running"]
 COMMANDS = {  # command -> (function, groups of options, other settings)
     "train": (command_train, [*_RUN, "shape", "knowledge transfer"], {}),
     "search": (command_search, [*_RUN, "target", "ablations"], {}),
     "prune": (command_prune, [*_RUN, "target", "ablations", "knowledge transfer"], {}),
-    "eval": (command_eval, ["dir", "data", "running"],
+    "eval": (command_eval, ["dir", "data", "device"],
              dict(batch_size=256, seed=0, epochs=1, weight_decay=0.0)),
     "export": (command_export, ["dir", "onnx"], {}),
     "describe": (command_describe, ["any network"], {}),
-    "bench": (command_bench, ["network", "measuring", "running"], dict(
+    "bench": (command_bench, ["network", "measuring", "device"], dict(
         lr=0.01, weight_decay=5e-4, arch_lr=1e-3, tolerance=0.05, num_samples=2, sampler="gumbel",
         seed=0, arch="resnet20")),
     "report": (command_report, ["runs"], {})}
@@ -1863,14 +1860,16 @@ def build_parser():
                                      parser_class=Parser)
     for name, (function, groups, others) in COMMANDS.items():
         p = commands.add_parser(
-            name, help=function.__doc__, description=function.__doc__, usage=f"%(prog)s [options]",
+            name, help=function.__doc__, description=function.__doc__, usage=" ".join([
+                "%(prog)s", *[flag.upper() for group in groups for flag, *_ in OPTIONS[group]
+                              if flag[0] != "-"], "[options]"]),
             formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28))
         for group in groups:
             section = p.add_argument_group(group)
             for flag, kind, default, text in OPTIONS[group]:
                 how = {"action": "store_true"} if kind is None else {
                     "nargs" if kind in ("*", "+") else "type": kind, "default": default,
-                    "metavar": flag.strip("-").upper().replace("-", "_")}
+                    "metavar": flag.upper().split("-")[-1]}
                 if flag == "--data" or flag == "--arch" and name in ("search", "prune"):
                     how["required"] = True
                 section.add_argument(flag, help=text, **how)

@@ -2364,7 +2364,7 @@ def test_the_search_step_is_two_graphs(monkeypatch):
         step.optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
         step(batch(i), batch(i + 50), *meters)
     assert [counter.frame_count for counter in counters] == [1, 1]
-    assert meters[0].steps == 20 and meters[0].read()[0] > 0
+    assert len(meters[0].steps) == 20 and meters[0].read()[0] > 0
 
 
 @pytest.mark.parametrize("distil", [False, True])
@@ -2396,7 +2396,7 @@ def test_compilation_that_fails_is_one_warning(monkeypatch, capsys):
         step(*batch(i), meter)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "warning" in err and "no compiler" in err
-    assert meter.read()[0] > 0 and meter.steps == 3
+    assert meter.read()[0] > 0 and len(meter.steps) == 3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2572,7 +2572,7 @@ def test_help_fits_one_screen(capsys, monkeypatch, command):
         run(command + " --help")
     out = capsys.readouterr().out
     assert stop.value.code == 0
-    assert out.count("\n") <= 60 and out.startswith("usage: ")
+    assert out.count("\n") <= 50 and out.startswith("usage: ")
 
 
 def test_import_is_light():
