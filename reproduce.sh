@@ -40,57 +40,68 @@ published() {  # published SEED TRANSFER
         --transfer "$2" --epochs 15 --seed "$1" --out "$STUDY/published-$1/$2"
 }
 
-cpu() {
+cpu() {  # most telling first
     tas train "${place[@]}" --arch resnet20 --epochs 20 --out $STUDY/teacher
-    for transfer in kd none; do
-        for seed in 0 1 2; do
+    seeds() {  # seeds TRANSFER SEED ...
+        local transfer=$1 seed
+        for seed in "${@:2}"; do
             row tas "$seed" "$transfer"
             row uniform "$seed" "$transfer" --method uniform
             row random "$seed" "$transfer" --method random
         done
-        for seed in 0 1 2; do published "$seed" "$transfer"; done
-        [ "$transfer" = none ] || for seed in 0; do  # ablations, with KD
-            row width "$seed" kd --search width
-            row depth "$seed" kd --search depth
-            row all "$seed" kd --num-samples 8
-            row pad "$seed" kd --align pad
-        done
-    done
+    }
+    seeds kd 0 1
+    row all 0 kd --num-samples 8  # two remedies of a weak search: less noise, and more epochs
+    row long 0 kd --epochs 36
+    published 0 kd
+    row width 0 kd --search width
+    row depth 0 kd --search depth
+    row pad 0 kd --align pad
+    seeds kd 2
+    published 1 kd
+    published 2 kd
+    seeds none 0 1 2
+    for seed in 0 1 2; do published "$seed" none; done
     tas report $STUDY
 }
 
-# The paper's CIFAR tables (and ImageNet's where IMAGENET names a folder), on a GPU. EPOCHS and DATA
-# shorten the plan for a trial. Finished parts are skipped.
-table() {
-    local root=runs/table dry=${1:-} data arch flops
-    while read -r data arch flops; do
-        set -- prune --data "${DATA:-$data}" --arch "$arch" --flops "$flops" \
-            --out "$root/$data-$arch" ${EPOCHS:+--epochs "$EPOCHS"} ${BATCH:+--batch-size "$BATCH"}
-        [ "$data" = imagenet ] && set -- "$@" --data-dir "$IMAGENET"
-        echo "python tas.py $*"
-        [ "$dry" = --dry-run ] || tas "$@"
-    done < <(printf '%s\n' \
-        "cifar10 resnet20 0.550" "cifar10 resnet32 0.506" "cifar10 resnet56 0.473" \
-        "cifar10 resnet110 0.470" "cifar10 resnet164 0.719" "cifar100 resnet20 0.550" \
-        "cifar100 resnet32 0.615" "cifar100 resnet56 0.487" "cifar100 resnet110 0.474" \
-        "cifar100 resnet164 0.691"
-        if [ -n "${IMAGENET:-}" ]; then
-            printf '%s\n' "imagenet resnet18 0.667" "imagenet resnet50 0.565"
-        fi)
-    if [ "$dry" = --dry-run ]; then
-        echo "each prune: 300 + 600 + 300 epochs of CIFAR (120 each of ImageNet); not timed on a GPU"
-    else
-        tas report "$root"
-    fi
+# The paper's CIFAR tables (and ImageNet's where IMAGENET names a folder), on a GPU. Finished parts
+# are skipped. EPOCHS, DATA and BATCH shorten the plan for a trial; --dry-run only prints it.
+plan() {  # data, arch, kept MACs, MACs in millions, thousands of images, epochs, those of the search
+    printf '%s\n' "cifar10 resnet20 0.550 41 50 300 600" "cifar10 resnet32 0.506 69 50 300 600" \
+        "cifar10 resnet56 0.473 126 50 300 600" "cifar10 resnet110 0.470 253 50 300 600" \
+        "cifar10 resnet164 0.719 248 50 300 600" "cifar100 resnet20 0.550 41 50 300 600" \
+        "cifar100 resnet32 0.615 69 50 300 600" "cifar100 resnet56 0.487 126 50 300 600" \
+        "cifar100 resnet110 0.474 253 50 300 600" "cifar100 resnet164 0.691 248 50 300 600"
+    [ -z "${IMAGENET:-}" ] || printf '%s\n' "imagenet resnet18 0.667 1814 1281 120 120" \
+        "imagenet resnet50 0.565 4089 1281 120 120"
 }
 
-mode=${1:-table}
-[ "$mode" = --dry-run ] && { table --dry-run; exit; }
-setup
-case "$mode" in
-    smoke) smoke ;;
-    test) python -m pytest -q test_tas.py ;;
-    cpu) cpu ;;
-    table) table "${2:-}" ;;
+table() {
+    local root=runs/table data arch flops macs images epochs searched
+    while read -r data arch flops macs images epochs searched; do
+        set -- prune --data "${DATA:-$data}" --arch "$arch" --flops "$flops" \
+            --out "$root/$data-$arch" ${EPOCHS:+--epochs "$EPOCHS"} ${BATCH:+--batch-size "$BATCH"}
+        [ "$data" != imagenet ] || set -- "$@" --data-dir "$IMAGENET"
+        echo "python tas.py $*"
+        # A training step costs three forward passes of its images, a search step three of one half
+        # and two of the other, distillation one of the teacher more.
+        [ -z "$dry" ] || awk -v f="$flops" -v m="$macs" -v n="$images" -v e="${EPOCHS:-$epochs}" \
+            -v s="${EPOCHS:-$searched}" 'BEGIN {
+            p = m * n * (3 * e + 2.5 * s + (3 * f + 1) * e) / 1e6
+            printf "    about %.1f x 10^15 MACs: %.1f hours at 10^12 MACs a second\n", p, p / 3.6}'
+        [ -n "$dry" ] || tas "$@"
+    done < <(plan)
+    [ -n "$dry" ] || tas report "$root"
+}
+
+mode=${1:-table} dry=
+case "$*" in
+    smoke | test | cpu | table | "") setup ;;
+    --dry-run | "table --dry-run") mode=table dry=yes ;;
     *) echo "usage: bash reproduce.sh smoke | test | cpu | [table] [--dry-run]" >&2; exit 2 ;;
+esac
+case $mode in
+    test) python -m pytest -q test_tas.py ;;
+    *) $mode ;;
 esac
