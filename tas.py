@@ -1584,7 +1584,9 @@ def command_bench(args):
     """Time training, search, batching and inference, alternating in one process; print ratios."""
     context = setup(args)
     space, times = Space(args.arch, 10, args.image_size), {}
-    shapes = {"unpruned": space.full} | {s: Shape.load(s) for s in args.shape}
+    shapes = {"unpruned": space.full} | {Path(s).stem: Shape.load(s) for s in args.shape}
+    if len(shapes) <= len(args.shape):
+        raise TASError("--shape: the files must have different names, not such as unpruned.json")
     precisions = ["fp32", "bf16"] if args.precision == "auto" else [args.precision]
     memory = {}
     if context.device.type == "cpu":
