@@ -2594,6 +2594,31 @@ def test_synthetic_data_needs_no_files(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
+# README
+# ------------------------------------------------------------------------------------------------
+
+def test_readme_points_at_the_right_lines():
+    """Every link to a line of tas.py leads to the definition or the section that it names."""
+    code = TAS.read_text().splitlines()
+    links = re.findall(r"\[`?([\w ]+)`?\]\(tas\.py#L(\d+)\)", (HERE / "README.md").read_text())
+    assert len(links) > 20
+    for name, number in links:
+        assert re.match(rf"(class|def) {name}\b|# ---- {name} -", code[int(number) - 1]), name
+
+
+def test_readme_s_commands_are_understood():
+    text = (HERE / "README.md").read_text()
+    lines = re.findall(r"^python tas\.py (.+)$", text, re.M)
+    assert len(lines) >= 2
+    for line in lines:
+        assert tas.build_parser().parse_args(line.split()).function
+    for name in re.findall(r"`(\w+)`", text.split("## Deviations")[1].split("## Limits")[0]):
+        assert hasattr(tas, name)
+    for path in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (HERE / path).exists(), path
+
+
+# ------------------------------------------------------------------------------------------------
 # Switches
 # ------------------------------------------------------------------------------------------------
 
