@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # bash reproduce.sh smoke | test | cpu | [table] [--dry-run]
-# Everything sets itself up: the active virtual environment is used, else .venv is made.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-setup() {
+setup() {  # a python that has the packages is used, else the active environment or .venv gets them
+    local packages='import torch, torchvision, tqdm, matplotlib, pytest, hypothesis'
+    python -c "$packages" 2>/dev/null && return
     if [ -z "${VIRTUAL_ENV:-}" ]; then
         [ -x .venv/bin/python ] || python3 -m venv .venv
         PATH="$PWD/.venv/bin:$PATH"
     fi
-    python -c 'import torch, torchvision, tqdm, matplotlib, pytest, hypothesis' 2>/dev/null ||
-        python -m pip install -r requirements.txt
+    python -c "$packages" 2>/dev/null || python -m pip install -r requirements.txt
 }
 
 tas() { python tas.py "$@"; }
@@ -23,7 +23,7 @@ smoke() {  # teacher, search and distillation on synthetic data
 
 # The CPU study: ResNet-20 on CIFAR-10 at 0.55 of the MACs; one schedule for all rows. A finished
 # part is skipped and an unfinished one is resumed, so the same command goes on where it stopped.
-STUDY=results/cifar10-resnet20-cpu
+STUDY=${STUDY:-results/cifar10-resnet20-cpu}
 place=(--data "${DATA:-folder}" --data-dir "${DATA_DIR:-data/cifar10}")
 
 row() {  # row NAME SEED TRANSFER [search flags]: find a shape, train it

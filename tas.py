@@ -144,7 +144,8 @@ class Shape:
 
     @classmethod
     def load(cls, path):
-        """The Shape of a JSON file; TASError names what is wrong with it."""
+        """The Shape of a JSON file or run directory; TASError names what is wrong with it."""
+        path = Path(path, "shape.json" if os.path.isdir(path) else "")
         fields = read_json(path)
         try:
             return cls(**fields)
@@ -702,7 +703,9 @@ def _mean_std(device):
     return [255 * torch.tensor(t, device=device).view(1, 3, 1, 1) for t in (MEAN, STD)]
 
 def normalize(images):
-    """uint8 images [N, 3, H, W] -> the float input of every network, (x / 255 - mean) / std."""
+    """uint8 RGB images [N, 3, H, W] -> the float input of every network, (x / 255 - mean) / std."""
+    if images.dtype != torch.uint8:
+        raise TASError(f"normalize takes uint8 images, 0 to 255, not {images.dtype}")
     mean, std = _mean_std(images.device)
     return (images - mean) / std
 
@@ -819,7 +822,7 @@ def _folders(root):
     from torchvision.datasets import ImageFolder
     root, folders = Path(root), []
     for part in (root / "train", root / "test" if (root / "test").is_dir() else root / "val"):
-        with explain(f"{part}: {{}} Put the images into {root}/train/CLASS/ and "
+        with explain(f"{part}: {{}}. Put the images into {root}/train/CLASS/ and "
                      f"{root}/val/CLASS/", OSError):  # no folder, or a class without images
             folders.append(ImageFolder(part))
     classes, others = (set(folder.classes) for folder in folders)
@@ -1349,13 +1352,18 @@ def open_data(args, arch, context):
                        f"images{' of each half of the search' if searched else ''}")
     return data
 
+def base_directory(args):
+    """Where the runs of a data set and an arch are by default."""
+    name = Path(args.data_dir).resolve().name if args.data == "folder" else args.data
+    return Path("runs") / f"{name}-{args.arch}"
+
 def open_run(args, data, context, out, **more):
     """The Run of a command in --out; its settings are what determines the result, nothing else."""
     names = ("command", "data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
              "precision")
     images = (f"{len(data.train.labels)} + {len(data.test.labels)} images, "
               f"{len(data.classes)} classes")
-    return Run(args.out or f"runs/{args.data}-{args.arch}/{out}", {
+    return Run(args.out or base_directory(args) / out, {
         **{k: getattr(args, k) for k in names}, "images": images, **more}, args, context)
 
 def parse_target(text, full):
@@ -1380,14 +1388,16 @@ def summary(shape):
 def load(path):
     """The network of a run directory of `train` with its weights, or a new one of a shape file, in
     eval mode."""
-    path = Path(path)
-    if not path.is_dir():
-        return ResNet(Shape.load(path)).eval()
-    if not (path / "weights.pt").exists():
+    return load_trained(path) if Path(path).is_dir() else ResNet(Shape.load(path)).eval()
+
+def load_trained(path):
+    """The network of a run directory of `train` with its weights, in eval mode."""
+    weights = Path(path) / "weights.pt"
+    if not weights.exists():
         raise TASError(f"{path} has no weights.pt; give the directory of a finished `train`")
-    net = ResNet(Shape.load(path / "shape.json"))
-    with explain(f"{path / 'weights.pt'} does not fit {path / 'shape.json'}"):
-        net.load_state_dict(load_tensors(path / "weights.pt"))
+    net = ResNet(Shape.load(path))
+    with explain(f"{weights} does not fit the shape.json beside it"):
+        net.load_state_dict(load_tensors(weights))
     return net.eval()
 
 def load_teacher(path, shape):
@@ -1400,7 +1410,9 @@ def load_teacher(path, shape):
         net = ResNet(Shape.unpruned(shape.arch, len(weights["fc.bias"]), shape.image_size))
         net.load_state_dict(weights)
     else:
-        net = load(path)
+        net = load_trained(path)
+        if net.shape != net.shape.full:
+            raise TASError(f"--teacher {path} is a pruned network; give the unpruned one")
     for name in ("arch", "num_classes"):
         if getattr(net.shape, name) != getattr(shape, name):
             raise TASError(f"--teacher {path} has {name} {getattr(net.shape, name)}, the network "
@@ -1418,9 +1430,10 @@ def finish(run, shape, metrics, **result):
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # the next step of `prune` reads these files
 
-def place(args):
-    """The flags that name the data, for the next command."""
-    return f"--data {args.data} --data-dir {args.data_dir}".removesuffix(" --data-dir data")
+def conclude(args, text, then):
+    """Print what a command made and, unless more of `prune` follows, the next command."""
+    place = f"--data {args.data} --data-dir {args.data_dir}".removesuffix(" --data-dir data")
+    print(text + ("" if args.follows else f"\nnext: python tas.py {then.replace('DATA', place)}"))
 
 def command_train(args):
     """Train the unpruned network of --arch, or the pruned one of --shape."""
@@ -1454,29 +1467,34 @@ def command_train(args):
                                 teacher if args.transfer == "kd" else None)
         if run.first:  # without the padded channels
             save_tensors(run.path / "weights.pt", inherit_weights(ResNet(shape), net).state_dict())
+        source = Path(args.shape or "none")
         above, search = [read_json(d / "run.json") if (d / "run.json").exists() else {} for d in (
-            Path(args.teacher or "none"), Path(args.shape or "none/").parent)]
+            Path(args.teacher or "none"), source if source.is_dir() else source.parent)]
         finish(run, shape, metrics, accuracy=metrics[-1]["test_accuracy"], search=search.get(
-            "settings"), teacher_accuracy=(above.get("result") or {}).get("accuracy"))
+            "settings"), teacher_accuracy=(above.get("result") or {}).get("accuracy"),
+            classes=data.classes)
     if run.first:
-        print(f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on {args.data}, "
-              f"{summary(shape)}\nnext: python tas.py "
-              + (f"search {place(args)} --arch {args.arch} --flops 0.5" if shape == full
-                 else f"export {run.path}"))
+        conclude(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
+                 f"{args.data}, {summary(shape)}", f"search DATA --arch {args.arch} --flops 0.5"
+                 if shape == full else f"export {run.path}")
 
-def command_search(args):
-    """Search the sizes of --arch that meet --flops; leaves shape.json."""
+def plan_search(args):
+    """All that can go wrong before a search: its device, data, space, target in MACs, and a Shape
+    in the band, which is that of the methods that do not search."""
     context = setup(args)
     data = open_data(args, args.arch, context)
     space = Space(args.arch, len(data.classes), args.image_size, args.search, args.round)
     target = parse_target(args.flops, count_macs(space.full))
+    shape = scale_shape(space, target, args.tolerance, args.round) \
+        if args.method == "uniform" else draw_shape(space, target, args.tolerance)
+    return context, data, space, target, shape
+
+def command_search(args):
+    """Search the sizes of --arch that meet --flops; leaves shape.json."""
+    context, data, space, target, shape = plan_search(args)
     if args.arch_lr is None:
         steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
         args.arch_lr = min(0.05, max(1e-3, 59 / max(1, steps)))
-    # A target out of reach ends before anything is written.
-    torch.manual_seed(args.seed)
-    shape = {"tas": draw_shape, "random": draw_shape, "uniform": functools.partial(
-        scale_shape, round_to=args.round)}[args.method](space, target, args.tolerance)
     names = ["search", "method", "num_samples", "sampler", "align", "round", "tolerance", "arch_lr"]
     run = open_run(args, data, context, "search", arch=args.arch, target=target,
                    **{k: getattr(args, k) for k in names})
@@ -1488,30 +1506,33 @@ def command_search(args):
         finish(run, shape, metrics, **{k: metrics[-1][k] for k in (
             "val_accuracy", "width_discrepancy", "depth_discrepancy") if metrics})
     if run.first:
-        path = run.path / "shape.json"
-        print(f"{path}: {summary(Shape.load(path))}; target {target / 1e6:.2f}M\n"
-              f"next: python tas.py train {place(args)} --shape {path} --teacher "
-              f"{run.path.parent / 'teacher'}")
+        teacher = run.path.parent / "teacher"
+        conclude(args, f"{run.path / 'shape.json'}: {summary(Shape.load(run.path))}; target "
+                 f"{target / 1e6:.2f}M", f"train DATA --shape {run.path / 'shape.json'} --teacher "
+                 f"{teacher if teacher.exists() else 'DIR'}")
 
 def command_prune(args):
     """Train the teacher, search the sizes, distil the pruned network; finished parts are kept."""
-    base = Path(args.out or f"runs/{args.data}-{args.arch}")
-
-    def part(command, function, out, **changes):
-        function(argparse.Namespace(**{**vars(args), "command": command, "out": base / out,
-                                       "shape": None, **changes}))
-
-    transfer = args.transfer or "kd"
+    base, transfer = Path(args.out or base_directory(args)), args.transfer or "kd"
     teacher = args.teacher or (base / "teacher" if transfer != "none" else None)
-    if teacher and not args.teacher:
-        part("train", command_train, "teacher", transfer="none", teacher=None)
-    part("search", command_search, "search")
-    part("train", command_train, "pruned", shape=base / "search" / "shape.json", teacher=teacher,
-         transfer=transfer)
+
+    def part(name, **changes):
+        return argparse.Namespace(**{**vars(args), "out": base / name, "command": "train",
+                                     "shape": None, "follows": True, **changes})
+
+    searching = part("search", command="search")
+    _, _, space, *_ = plan_search(searching)  # before hours of training
+    if args.teacher:
+        load_teacher(args.teacher, space.full)
+    elif teacher:
+        command_train(part("teacher", transfer="none", teacher=None))
+    command_search(searching)
+    command_train(part("pruned", shape=base / "search", teacher=teacher, transfer=transfer,
+                       follows=False))
 
 def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
-    net, context, info = load(args.dir), setup(args), Path(args.dir) / "run.json"
+    net, context, info = load_trained(args.dir), setup(args), Path(args.dir) / "run.json"
     args.image_size = args.image_size or net.shape.image_size
     data = open_data(args, net.shape.arch, context)
     if len(data.classes) != net.shape.num_classes:
@@ -1526,7 +1547,7 @@ def command_eval(args):
 
 def command_export(args):
     """Write a trained network as a torch.export program (and ONNX) with a dynamic batch."""
-    net, out, programs = load(args.dir), Path(args.dir), []
+    net, out, programs = load_trained(args.dir), Path(args.dir), []
     size = net.shape.image_size
     for model in (ResNet(net.shape.full).eval(), net):
         program = torch.export.export(model, (torch.zeros(2, 3, size, size),), dynamic_shapes=(
@@ -1540,7 +1561,7 @@ def command_export(args):
     write_file(out / "network.pt2", programs[1])
     print(f"{out / 'network.pt2'}: {len(programs[1]) / 1e6:.2f} MB (unpruned "
           f"{len(programs[0]) / 1e6:.2f} MB), {summary(net.shape)}; outputs equal eager ones\n"
-          f"next: torch.export.load('{out / 'network.pt2'}').module()(images)")
+          f"next: torch.export.load('{out / 'network.pt2'}').module()(tas.normalize(images))")
     if args.onnx:
         with explain("--onnx: {}; pip install onnx onnxscript onnxruntime", ImportError):
             import onnx, onnxscript  # noqa: E401, F401
@@ -1553,10 +1574,10 @@ def command_describe(args):
     if args.network in ARCHS:
         shape = Shape.unpruned(args.network, 10 if ARCHS[args.network].small else 1000)
     elif path.exists():
-        shape = Shape.load(path / "shape.json" if path.is_dir() else path)
+        shape = Shape.load(path)
     else:
         raise TASError(f"{args.network} is neither an arch{nearest(args.network, ARCHS)} nor a "
-                       "shape file")
+                       "shape file nor a run directory")
     full, total, space, c, block = shape.full, count_macs(shape), Space.single(shape), shape.stem, 0
     rows = [("stem", c, full.stem, space.stem_cost * c)]
     for s, (blocks, widest) in enumerate(zip(shape.stages, full.stages)):
@@ -1662,19 +1683,21 @@ def _report_rows(runs):
     for info in runs:
         settings, search = info["settings"], info["result"].get("search") or {}
         if settings["command"] == "train":
-            kind = search.get("method") or "given shape"
+            shape = Shape(**settings["shape"])
+            apart = ("seed", "teacher", "shape") if search else ("seed", "teacher")
+            key = [{k: v for k, v in d.items() if k not in apart} for d in (settings, search)]
+            kind = search.get("method") or ("unpruned" if shape == shape.full else "given shape")
             kind += "".join(f", {k} {search[k]}" for k, usual in (
                 ("search", "both"), ("num_samples", 2), ("sampler", "gumbel"), ("align", "cwi"),
                 ("round", 1)) if kind == "tas" and search[k] != usual)
-            shape = Shape(**settings["shape"])
-            groups.setdefault((shape.arch, settings["data"], settings["images"],
-                               "unpruned" if shape == shape.full else kind, settings["transfer"],
-                               settings["epochs"], search.get("epochs"), search.get("target")),
-                              []).append(info)
-    for key in sorted(groups, key=str):
-        arch, data, images, kind, transfer, epochs, search_epochs, target = key
+            groups.setdefault((shape.arch, settings["data"], kind, settings["transfer"],
+                               json.dumps(key)), []).append(info)
+    for key in sorted(groups):
         infos = sorted(groups[key], key=lambda info: info["settings"]["seed"])
-        results = [info["result"] for info in infos]
+        arch, data, kind, transfer, _ = key
+        results, settings = [info["result"] for info in infos], infos[0]["settings"]
+        search = results[0].get("search") or {}
+        target = search.get("target")
 
         def mean(name, scale=1, digits=2, results=results):
             values = [r[name] / scale for r in results if r.get(name) is not None]
@@ -1683,7 +1706,7 @@ def _report_rows(runs):
 
         drops = [r["teacher_accuracy"] - r["accuracy"]
                  for r in results if r.get("teacher_accuracy")]
-        known = [images == f"50000 + 10000 images, {n} classes" for n in (10, 100)]
+        known = [settings["images"] == f"50000 + 10000 images, {n} classes" for n in (10, 100)]
         paper = PAPER.get(arch, ())[2 * known.index(True) % 4:][:2] \
             if any(known := [*known, data == "imagenet"]) and kind == "tas" else ()
         macs = statistics.mean(r["macs"] / r["full_macs"] for r in results)
@@ -1692,7 +1715,8 @@ def _report_rows(runs):
                mean("teacher_accuracy"), mean("accuracy"),
                f"{statistics.mean(drops):.2f}" if drops else "-",
                " ".join(str(info["settings"]["seed"]) for info in infos),
-               f"{search_epochs or 0} + {epochs}" if kind.startswith("tas") else str(epochs),
+               " + ".join(str(d["epochs"]) for d in (search, settings)
+                          if d is settings or kind.startswith("tas")),
                mean("seconds", 60, 1), " at ".join(paper) or "-"]
 
 def command_report(args):
@@ -1816,19 +1840,22 @@ OPTIONS = {  # group -> (flag, argument type, default, help)
          "paper's 1e-3 x 59,000 / steps, at least 1e-3, at most 0.05)")],
     "ablations": [
         ("--search", one_of("both", "width", "depth"), "both", "both width depth (both, paper)"),
-        ("--method", one_of("tas", "random", "uniform"), "tas", "tas random uniform (tas, paper)"),
+        ("--method", one_of("tas", "random", "uniform"), "tas",
+         "tas; random: any sizes; uniform: one factor for all widths (tas, paper)"),
         ("--num-samples", number(int, 1, 8), 2, "candidates mixed, 1 to 8 (2, paper)"),
         ("--sampler", one_of("gumbel", "softmax"), "gumbel", "gumbel softmax (gumbel, paper)"),
-        ("--align", one_of("cwi", "pad"), "cwi", "cwi pad (cwi, paper)")],
+        ("--align", one_of("cwi", "pad"), "cwi",
+         "of unequal widths: cwi, or pad with zeros (cwi, paper)")],
     "knowledge transfer": [
         ("--teacher", str, None, "directory of the trained unpruned network, or torchvision"),
-        ("--transfer", one_of("none", "init", "kd"), None, "none init kd (kd if --teacher)")],
-    "device": [
+        ("--transfer", one_of("none", "init", "kd"), None,
+         "none; init: copy its first channels; kd: distil (kd with a teacher)")],
+    "running/device": [
         ("--device", str, "auto", "cpu, cuda, ... (auto: cuda where there is one)"),
         ("--precision", one_of("auto", "fp32", "bf16"), "auto", "auto fp32 bf16 (the faster)"),
         ("--compile", one_of("auto", "on", "off"), "auto", "auto on off (auto: on CUDA)")],
     "running": [
-        ("--out", str, None, "run directory (runs/DATA-ARCH/STEP); reruns resume there"),
+        ("--out", str, None, "run directory, for prune the one above (runs/DATA-ARCH/STEP)"),
         ("--quiet", None, False, "print results only")],
     "dir": [("dir", str, None, "directory of a finished train")],
     "onnx": [("--onnx", None, False, "ONNX as well")],
@@ -1841,16 +1868,16 @@ OPTIONS = {  # group -> (flag, argument type, default, help)
         ("--rounds", number(int, 1, 1000), 7, "of measuring, after two of warm-up (7)"),
         ("--shape", "*", [], "shapes whose inference is timed too"),
         ("--json", str, None, "write the table to this file")]}
-_RUN = ["network", "data", "schedule", "device", "running"]
+_RUN = ["network", "data", "schedule", "running/device", "running"]
 COMMANDS = {  # command -> (function, groups of options, other settings)
     "train": (command_train, [*_RUN, "shape", "knowledge transfer"], {}),
     "search": (command_search, [*_RUN, "target", "ablations"], {}),
     "prune": (command_prune, [*_RUN, "target", "ablations", "knowledge transfer"], {}),
-    "eval": (command_eval, ["dir", "data", "device"],
+    "eval": (command_eval, ["dir", "data", "running/device"],
              dict(batch_size=256, seed=0, epochs=1, weight_decay=0.0)),
     "export": (command_export, ["dir", "onnx"], {}),
     "describe": (command_describe, ["any network"], {}),
-    "bench": (command_bench, ["network", "measuring", "device"], dict(
+    "bench": (command_bench, ["network", "measuring", "running/device"], dict(
         lr=0.01, weight_decay=5e-4, arch_lr=1e-3, tolerance=0.05, num_samples=2, sampler="gumbel",
         seed=0, arch="resnet20")),
     "report": (command_report, ["runs"], {})}
@@ -1862,30 +1889,28 @@ def build_parser():
                                      parser_class=Parser)
     for name, (function, groups, others) in COMMANDS.items():
         p = commands.add_parser(
-            name, help=function.__doc__, description=function.__doc__, usage=" ".join([
+            name, help=function.__doc__, usage=" ".join([
                 "%(prog)s", *[flag.upper() for group in groups for flag, *_ in OPTIONS[group]
                               if flag[0] != "-"], "[options]"]),
+            description=f"{function.__doc__} Defaults are in parentheses, with their source.",
             formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28))
+        titles = dict.fromkeys(group.split("/")[0] for group in groups)
+        sections = {title: p.add_argument_group(title) for title in titles}
         for group in groups:
-            section = p.add_argument_group(group)
             for flag, kind, default, text in OPTIONS[group]:
                 how = {"action": "store_true"} if kind is None else {
                     "nargs" if kind in ("*", "+") else "type": kind, "default": default,
                     "metavar": flag.upper().split("-")[-1]}
                 if flag == "--data" or flag == "--arch" and name in ("search", "prune"):
                     how["required"] = True
-                section.add_argument(flag, help=text, **how)
-        p.set_defaults(function=function, **others)
+                sections[group.split("/")[0]].add_argument(flag, help=text, **how)
+        p.set_defaults(function=function, follows=False, **others)
     return parser
 
 def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can mend, 130 when stopped."""
     def stop(*_):
         raise KeyboardInterrupt
-
-    def complain(message):
-        if os.environ.get("RANK", "0") == "0":
-            print(message, file=sys.stderr)
 
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -1897,10 +1922,10 @@ def main(argv=None):
         signal.signal(signal.SIGTERM, stop)
         args.function(args)
     except TASError as error:  # its last part, when a worker process raised it
-        complain(f"error: {str(error).rsplit('TASError: ', 1)[-1].strip()}")
+        print(f"error: {str(error).rsplit('TASError: ', 1)[-1].strip()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        complain("stopped; the same command goes on after the last finished epoch")
+        print("stopped; the same command goes on after the last finished epoch", file=sys.stderr)
         return 130
     finally:
         if torch.distributed.is_initialized():
