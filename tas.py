@@ -13,6 +13,7 @@ Pruned size: extract. Knowledge distillation: kd_loss.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -102,11 +104,8 @@ def _check(name, value, most, least=1):
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The size of one network. Every ResNet is built from one; `Space(arch).full` is the unpruned.
-
-    stem: channels of the first conv. stages[s][b]: channels of the convs of block b of stage s, as
-    many blocks as are kept. TASError names the field that is no pruned size of `arch`.
-    """
+    """The size of one network. stem: channels of the first conv; stages[s][b]: channels of the
+    convs of each kept block. TASError names the field that is no pruned size of `arch`."""
 
     arch: str
     num_classes: int
@@ -164,13 +163,10 @@ def _candidate_widths(channels, round_to):
     return (*sorted({w for w in widths if w < channels}), channels)
 
 class Space:
-    """What may be pruned of an arch (paper: search space): a width for every conv, a depth for
-    every stage.
-
-    widths[j]: candidate widths of conv j (stem first, then block by block); depths[s]: candidate
-    numbers of blocks of stage s; full: the unpruned Shape. `search` "width" or "depth" keeps the
-    other at its full size; round_to restricts widths to its multiples and the full width.
-    """
+    """What may be pruned of an arch (paper: search space). widths[j]: candidate widths of conv j
+    (stem first, then block by block); depths[s]: candidate numbers of blocks of stage s; full: the
+    unpruned Shape. `search` "width" or "depth" keeps the other at its full size; round_to restricts
+    widths to its multiples and the full width."""
 
     def __init__(self, arch, num_classes=10, image_size=None, search="both", round_to=1):
         full = Shape.unpruned(arch, num_classes, image_size)
@@ -241,13 +237,10 @@ def _block_macs(conv_cost, project_cost, c_in, widths, same):
     return macs
 
 def expected_macs(space, p, q):
-    """Expected MACs of a network whose sizes are independent (paper: expected cost).
-
-    p: [convs, K] width probabilities; q: [stages, D] depth probabilities; entries past a row's
-    candidates are ignored. Returns a float64 0-d tensor, differentiable. One-hot p and q give
-    exactly the MACs of that network. MACs are multiply-accumulates of conv and linear layers (the
-    paper prints them as FLOPs).
-    """
+    """Expected MACs (multiply-accumulates, the paper's FLOPs) of a network whose sizes are
+    independent (paper: expected cost), a float64 0-d tensor. p [convs, K], q [stages, D]: width and
+    depth probabilities; entries past a row's candidates are ignored. One-hot p and q give exactly
+    the MACs of that network."""
     space.to(p.device)
     p, q, values = p.double(), q.double(), space.values
     dist = torch.einsum("ck,ckv->cv", p, space.member)  # [convs, V] P(width of conv = v)
@@ -317,10 +310,8 @@ class Block(nn.Module):
         return F.relu(y + self.downsample(self.pool(x)))
 
 class ResNet(nn.Module):
-    """The network of a Shape, pruned or not, CIFAR or ImageNet. [N, 3, H, W] -> [N, classes].
-
-    Full ImageNet shapes take torchvision's state dicts and give its outputs.
-    """
+    """The network of a Shape, pruned or not. [N, 3, H, W] -> [N, classes]. Full ImageNet shapes
+    take torchvision's state dicts and give its outputs."""
 
     def __init__(self, shape):
         super().__init__()
@@ -377,13 +368,10 @@ class Sample(NamedTuple):
     depth: torch.Tensor  # [stages, D] weights of all candidate depths, summing to 1
 
 def sample_sizes(alpha, beta, tau, num_samples=2, gumbel=True):
-    """Gumbel-Softmax over sizes (paper: sampled sizes): a Sample, differentiable in the logits.
-
-    alpha [convs, K], beta [stages, D]; tau: float or 0-d tensor > 0. z = (log p + g) / tau;
-    num_samples distinct candidates are drawn with probabilities softmax(z), which is what taking
-    the largest of z plus a second Gumbel noise does, and weighted by softmax(z) over the drawn.
-    gumbel=False leaves g out (ablation). No host sync; finite in fp32 for any finite logits.
-    """
+    """Gumbel-Softmax over sizes (paper: sampled sizes): a Sample, differentiable in the logits
+    alpha [convs, K] and beta [stages, D]; tau > 0. z = (log p + g) / tau, where gumbel=False leaves
+    g out (ablation); num_samples distinct candidates are drawn with probabilities softmax(z), which
+    is what taking the largest of z plus a second Gumbel noise does. No host sync."""
     def noise(logits):
         return -torch.empty_like(logits).exponential_().log()
 
@@ -398,12 +386,9 @@ def sample_sizes(alpha, beta, tau, num_samples=2, gumbel=True):
 
 class MixedConv(nn.Module):
     """A searched conv with its BNs: the weighted sum, over the sampled widths c_i, of
-    CWI(BN_i(first c_i channels of conv(x)), largest c_i).
-
-    Batch statistics are per channel, so the candidates differ in the affine part of their BN
-    alone, and CWI is a matrix. Hence one conv at full width, one normalisation and one C x C
-    channel mix give the sum exactly, with shapes that no sample changes.
-    """
+    CWI(BN_i(first c_i channels of conv(x)), largest c_i). Batch statistics are per channel, so the
+    candidates differ in the affine part of their BN alone, and CWI is a matrix: one conv at full
+    width, one normalisation and one C x C channel mix give the sum exactly, in fixed shapes."""
 
     def __init__(self, c_in, widths, kernel, stride, align):
         super().__init__()
@@ -451,14 +436,11 @@ class MixedBlock(nn.Module):
         return F.relu(y + self.projection(self.pool(x), *sizes[-1])[0]), m
 
 class SuperResNet(nn.Module):
-    """The unpruned network with every size a random variable (paper: transformable network).
-
-    Parameters alpha [convs, K] and beta [stages, D] are the logits of the width and the depth
-    distributions; `forward(x, sample)` mixes the sampled sizes: [N, 3, H, W] -> [N, classes].
-    There is no host sync and every tensor shape is fixed, so a step compiles to one graph, and
-    its cost does not depend on the number of sampled candidates. Widths are carried along as
-    0-d tensors; channels past a width are zeros, so zero-padding needs no code.
-    """
+    """The unpruned network with every size a random variable (paper: transformable network), of
+    logits alpha [convs, K] and beta [stages, D]. `forward(x, sample)`: [N, 3, H, W] -> [N, classes]
+    without a host sync and in fixed shapes, so that a step compiles to one graph and costs the same
+    for any number of sampled candidates. Widths are carried along as 0-d tensors; channels past a
+    width are zeros, so zero-padding needs no code."""
 
     def __init__(self, space, align="cwi"):
         super().__init__()
@@ -528,14 +510,10 @@ def cost_loss(expected, actual, target, tolerance=0.05):
 
 def extract(space, alpha, beta, target, tolerance=0.05):
     """The pruned network's Shape: the argmax one if its MACs lie in target (1 -+ tolerance), else
-    the most probable one in that band.
-
-    alpha [convs, K], beta [stages, D]: logits; target: MACs. A Shape's log-probability is the sum
-    over all convs and stages, where the convs of dropped blocks have their most probable widths
-    (so the argmax one is the most probable of all). No Shape in target (1 -+ tolerance/2) is more
-    probable than the result. Raises TASError with the smallest and largest possible MACs when no
-    Shape is in the band.
-    """
+    the most probable one in that band; no Shape in target (1 -+ tolerance/2) is more probable.
+    alpha [convs, K], beta [stages, D]: logits, of which the convs of dropped blocks count with
+    their most probable widths (so the argmax one is the most probable of all). TASError with the
+    smallest and largest possible MACs when no Shape is in the band."""
     log_p, log_q = _log_rows(alpha, space.widths), _log_rows(beta, space.depths)
     shape = space.shape([row.argmax() for row in log_p], [row.argmax() for row in log_q])
     if abs(count_macs(shape) - target) <= tolerance * target:
@@ -589,82 +567,73 @@ def _layers(space, log_p):
     head = widths[-1][:, None] * space.full.num_classes
     return [*layers, (head, head * 0)]
 
-class _Program:
+def _program(space, layers, log_q, cell, size, join, pick):
     """Dynamic program over the chain of layers. A state is (output width, MACs in cells); its
-    value joins the scores of all ways to it. `final` [size] holds the values of whole networks.
+    value joins the scores of all ways to it. Returns the values [size] of whole networks, and a
+    function that goes back from a cell of them to its Shape.
 
     join: torch.maximum, and pick argmax, for the best way; logaddexp and a draw for a random one.
     """
-
-    def __init__(self, space, layers, log_q, cell, size, join, pick):
-        self.space, self.join, self.pick = space, join, pick
-        self.layers = [((macs / cell).round().long(), scores) for macs, scores in layers]
-        self.exits = {end: [(start + d, q) for d, q in zip(depths, row.tolist())]  # of each stage
-                      for start, end, depths, row in zip(space.starts, space.starts[1:],
-                                                         space.depths, log_q)}
-        self.before, self.after = [], []  # states around each layer
-        state = torch.zeros(1, size).double().log()  # nothing is reached ...
-        state[0, 0] = 0  # ... but the input
-        for i in range(len(layers)):
-            self.before.append(state)
-            state = self._add_layer(state, *self.layers[i])
-            self.after.append(state)
-            if i in self.exits:  # the stage may have ended at any of its depths
-                state = functools.reduce(join, [self.after[j] + q for j, q in self.exits[i]])
-        self.final = state[0]
-
-    def _add_layer(self, state, cells, scores):
-        """[A, size] -> [O, size]"""
-        size, outputs = state.shape[1], cells.shape[-1]
-        new = torch.full((outputs, size), -math.inf).double()
+    layers = [((macs / cell).round().long(), scores) for macs, scores in layers]
+    exits = {end: [(start + d, q) for d, q in zip(depths, row.tolist())] for start, end, depths, row
+             in zip(space.starts, space.starts[1:], space.depths, log_q)}  # of each stage
+    before, after = [], []  # states around each layer
+    state = torch.zeros(1, size).double().log()  # nothing is reached ...
+    state[0, 0] = 0  # ... but the input
+    for i, (cells, scores) in enumerate(layers):
+        new = torch.full((cells.shape[-1], size), -math.inf).double()  # [O, size]
         for old, *rows in zip(state, cells.flatten(1).tolist(), scores.flatten(1).tolist()):
-            for i, (k, score) in enumerate(zip(*rows)):
+            for o, (k, score) in enumerate(zip(*rows)):
                 if k < size:
-                    row = new[i % outputs, k:]
-                    self.join(row, old[:size - k] + score, out=row)
-        return new
+                    row = new[o % len(new), k:]
+                    join(row, old[:size - k] + score, out=row)
+        before.append(state)
+        after.append(new)  # the stage may have ended at any of its depths
+        state = functools.reduce(join, [after[j] + q for j, q in exits.get(i, [(i, 0.0)])])
 
-    def shape(self, cell):
-        """The Shape found by going back from `final[cell]`."""
-        n, i, o = self.space.n, len(self.layers) - 1, 0
-        width_index, depth_index = [0] * len(self.space.widths), []
+    def back(cell):
+        n, i, o = space.n, len(layers) - 1, 0
+        width_index, depth_index = [0] * len(space.widths), []
         while True:
-            cells, scores = (t[..., o] for t in self.layers[i])  # [A, ...]
+            cells, scores = (t[..., o] for t in layers[i])  # [A, ...]
             left = (cell - cells).reshape(len(cells), -1)  # [A, M]
-            value = self.before[i].gather(1, left.clamp(min=0)) + scores.reshape(left.shape)
-            pick = self.pick(value.masked_fill(left < 0, -math.inf).flatten())
-            cell, (o, *inner) = int(left.flatten()[pick]), torch.unravel_index(pick, cells.shape)
+            value = before[i].gather(1, left.clamp(min=0)) + scores.reshape(left.shape)
+            way = pick(value.masked_fill(left < 0, -math.inf).flatten())
+            cell, (o, *inner) = int(left.flatten()[way]), torch.unravel_index(way, cells.shape)
             if i == 0:
-                return self.space.shape(width_index, depth_index[::-1])
+                return space.shape(width_index, depth_index[::-1])
             width_index[n * (i - 1) + 1:n * i] = inner or width_index[n * (i - 1) + 1:n * i]
             i -= 1
-            if i in self.exits:
-                ways = [self.after[j][o, cell] + q for j, q in self.exits[i]]
-                depth_index.append(int(self.pick(torch.stack(ways))))
-                i = self.exits[i][depth_index[-1]][0]
+            if i in exits:
+                depth_index.append(int(pick(torch.stack([after[j][o, cell] + q
+                                                         for j, q in exits[i]]))))
+                i = exits[i][depth_index[-1]][0]
             width_index[n * i] = o
+
+    return state[0], back
 
 def _shape_in_band(space, log_p, log_q, target, tolerance, join, pick):
     """The most probable Shape in the band, or a drawn one. MACs are counted in cells so small that
     all roundings of a path stay below a quarter of the band's half-width; only cells whose paths
     must lie in the band are looked at. Smaller cells serve spaces with few Shapes."""
     layers, free = _layers(space, log_p), [row * 0 for row in log_q]
-    ends = [_Program(space, [(macs, sign * macs) for macs, _ in layers], free, math.inf, 1,
-                     torch.maximum, torch.argmax) for sign in (-1, 1)]
-    low, high = -int(ends[0].final), int(ends[1].final)
+    (least, smallest), (most, largest) = [
+        _program(space, [(macs, sign * macs) for macs, _ in layers], free, math.inf, 1,
+                 torch.maximum, torch.argmax) for sign in (-1, 1)]
+    low, high = -int(least), int(most)
     for refine in (1, 8, 64, 512) if low - target <= tolerance * target >= target - high else ():
         cell = tolerance * target / (2 * len(layers) * refine)
         size, margin = int((1 + tolerance) * target / cell) + 1, len(layers) * cell / 2
         if refine > 1 and size > 1_000_000:
             break
-        program = _Program(space, layers, log_q, cell, size, join, pick)
+        final, back = _program(space, layers, log_q, cell, size, join, pick)
         off = (torch.arange(size) * cell - target).abs()
-        final = program.final.masked_fill(off > tolerance * target - margin, -math.inf)
+        final[off > tolerance * target - margin] = -math.inf
         if final.max() > -math.inf:
-            return program.shape(int(pick(final)))
-        for end, extreme in zip(ends, (low, high)):
+            return back(int(pick(final)))
+        for end, extreme in ((smallest, low), (largest, high)):
             if abs(extreme - target) <= tolerance * target:
-                return end.shape(0)
+                return end(0)
     full = count_macs(space.full)
     raise TASError(f"no shape has {target:,.0f} MACs within {tolerance:.1%}; possible are {low:,} "
                    f"to {high:,} ({low / full:.3f} to {high / full:.3f} of the unpruned network); "
@@ -755,22 +724,25 @@ class LargeImages(torch.utils.data.Dataset):
         self.plain = v2.Compose([v2.Resize(size * 256 // 224 if size > 64 else size),
                                  v2.CenterCrop(size), v2.PILToTensor()])
 
+    def __getstate__(self):
+        return vars(self) | {"loaders": {}}  # a copy of this split has its own
+
     def __getitem__(self, item):
         (path, label), seed = self.folder.samples[item[0]], item[1]
         with explain(f"cannot read the image {path}: {{}}; replace or remove it"):
             image = self.folder.loader(path)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed or 0)
+            torch.default_generator.manual_seed(seed or 0)  # the CPU's alone
             return (self.plain if seed is None else self.augment)(image), label
 
     def read(self, items, batch_size, train=False, rank=0, world=1):
         """uint8 images [B, 3, H, W] and labels of the items, in the workers of this kind."""
-        if train not in self.loaders:  # a new dict, so that a copy of this split has its own
-            self.loaders = self.loaders | {train: torch.utils.data.DataLoader(
+        if train not in self.loaders:
+            self.loaders[train] = torch.utils.data.DataLoader(
                 self, batch_sampler=[], num_workers=self.workers,
-                generator=torch.Generator(),  # leaves the global random state to the items' seeds
                 pin_memory=self.device.type == "cuda",
-                persistent_workers=self.workers > 0 and self.size > 64)}
+                persistent_workers=self.workers > 0 and self.size > 64,
+                generator=torch.Generator())  # leaves the global random state to the items' seeds
         self.loaders[train].batch_sampler[:] = [
             items[i:i + batch_size][rank::world]
             for i in range(0, len(items) - (batch_size - 1 if train else 0), batch_size)]
@@ -784,12 +756,7 @@ class LargeImages(torch.utils.data.Dataset):
             images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
             yield normalize(images.contiguous(memory_format=torch.channels_last)), labels
 
-class Data(NamedTuple):
-    """A data set: two splits and the names of its classes."""
-
-    train: object
-    test: object
-    classes: list
+Data = collections.namedtuple("Data", "train test classes")  # two splits, names of the classes
 
 def _synthetic(count, seed):
     """Gratings of 5 slopes and 2 periods, 10 classes. Phase, colour and mirroring are random:
@@ -868,17 +835,15 @@ def write_file(path, content):
     path, temporary = Path(path), Path(f"{path}.tmp")
     with explain(f"cannot write {path}: {{}}; free some space or choose another place with --out",
                  OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
 def read_json(path):
     """The object in a JSON file; TASError when it is none or larger than 1 MB."""
@@ -908,31 +873,24 @@ def load_tensors(path):
 
 class Run:
     """A run directory: run.json (settings, versions, command and, when finished, the result),
-    metrics.jsonl (a line an epoch) and last.ckpt (the state after the last finished epoch).
-
-    settings: what determines the result; a directory that was made with others is refused.
-    """
+    metrics.jsonl (a line an epoch) and last.ckpt (the state after the last finished epoch). One
+    that was made with other settings is refused."""
 
     def __init__(self, path, settings, args, context):
         self.path, self.first, self.settings = Path(path), context.rank == 0, settings
-        if not self.first:
-            torch.distributed.barrier()  # the first process makes the directory
-        if (self.path / "run.json").exists():
-            self.info = read_json(self.path / "run.json")
-            self._compare("run.json", self.info.get("settings"))
-            if self.result is not None and not (isinstance(self.result, dict) and "macs" in
-                                                self.result and isinstance(self.result.get(
-                                                    "accuracy", 0.0), float)):
-                raise TASError(f"{self.path / 'run.json'} is damaged; choose another --out")
-        elif self.path.is_file() or any(p.suffix != ".tmp" for p in self.path.glob("*")):
-            raise TASError(f"{path} exists and is no run directory; choose another --out")
-        else:
-            self.info = {"command": args.line, "settings": settings, "machine": machine(),
-                         "versions": {"python": platform.python_version(),
-                                      "torch": torch.__version__}}
-            self.update()
-        if self.first and context.world > 1:
-            torch.distributed.barrier()
+        self.info = {"command": args.line, "settings": settings, "machine": machine(context.device),
+                     "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+        with context.first_alone():
+            if (self.path / "run.json").exists():
+                self.info = read_json(self.path / "run.json")
+                self._compare("run.json", self.info.get("settings"))
+                with explain(f"{self.path / 'run.json'} is damaged; choose another --out"):
+                    if self.result is not None:
+                        f"{self.result['macs']:d} {self.result.get('accuracy', 0.0):f}"
+            elif self.path.is_file() or any(p.suffix != ".tmp" for p in self.path.glob("*")):
+                raise TASError(f"{path} exists and is no run directory; choose another --out")
+            else:
+                self.update()
 
     def _compare(self, name, old):
         if not isinstance(old, dict):
@@ -966,8 +924,8 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
             torch.set_rng_state(state["rng"])
-            if state["cuda_rng"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            if len(state["cuda_rng"]) and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state["cuda_rng"])
             return [dict(line) for line in state["metrics"]]
 
     def save(self, parts, metrics):
@@ -977,13 +935,13 @@ class Run:
                        "".join(json.dumps(line) + "\n" for line in metrics).encode())
             save_tensors(self.path / "last.ckpt", {
                 "settings": self.settings, "metrics": metrics, "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else [],
                 "parts": {name: part.state_dict() for name, part in parts.items()}})
 
-def machine():
+def machine(device):
     """Name of the GPU, or of the processor and its number of threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, IndexError):
         name = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
@@ -995,6 +953,15 @@ class Context(NamedTuple):
     device: torch.device
     rank: int = 0
     world: int = 1
+
+    @contextlib.contextmanager
+    def first_alone(self):
+        """The first process does something before the others do it."""
+        if self.rank:
+            torch.distributed.barrier()
+        yield
+        if self.world > 1 and not self.rank:
+            torch.distributed.barrier()
 
     @torch.no_grad()
     def average(self, tensors):
@@ -1032,35 +999,48 @@ class Meter:
         loss, correct, count = steps.sum(0).tolist()
         return loss / count, 100 * correct / count
 
-def run_epochs(run, args, parts, steps, train_epoch, note=lambda line: ""):
-    """Call train_epoch(epoch, tick) -> dict for every epoch that is not done, with a checkpoint
-    after each; returns the lines of metrics.jsonl. One bar on a terminal, else a line an epoch."""
-    metrics, bar, show = run.resume(parts), None, run.first and not args.quiet
-    if show and sys.stderr.isatty():
-        from tqdm import tqdm
-        bar = tqdm(total=args.epochs * steps, initial=len(metrics) * steps, desc=run.path.name,
-                   unit="step", dynamic_ncols=True)
-
-    def tick(meter):
-        if bar is not None:
-            if len(meter.steps) % 50 == 1:  # reading waits for the device
-                bar.set_postfix_str("loss {:.3f}, accuracy {:.1f}%".format(*meter.read())
-                                    + (note(metrics[-1]) if metrics else ""))
-            bar.update()
-
+def run_epochs(run, args, context, data, halves, parts, step, measure, warmup=0, begin=None,
+               note=lambda line: ""):
+    """The loop of training and search. Every step takes a batch of each of `halves` (the indices
+    of the training images, or of either half) and a Meter for it. After each epoch that is not
+    done there is a line of metrics, with measure(epoch), and a checkpoint; returns all lines.
+    One bar on a terminal, else a line an epoch."""
+    from tqdm import tqdm
+    metrics, show = run.resume(parts), run.first and not args.quiet
+    steps = min(map(len, halves)) // args.batch_size
+    sources = [copy.copy(data.train) for _ in halves]  # each with its own worker processes
+    bar = tqdm(total=args.epochs * steps, initial=len(metrics) * steps, desc=run.path.name,
+               unit="step", dynamic_ncols=True, disable=None if show else True)
     for epoch in range(len(metrics), args.epochs):
-        start = time.perf_counter()
+        start, meters = time.perf_counter(), [Meter(context) for _ in halves]
+        parts["net"].train()
         with explain(f"{run.path}: the loss is not finite in epoch {epoch + 1}, step {{}}, with "
                      f"--lr {args.lr:g}; lower --lr (and choose another --out); the checkpoint of "
                      "the epoch before is kept", FloatingPointError):
-            line = {"epoch": epoch + 1, **train_epoch(epoch, tick)}
+            streams = [source.batches(half[torch.randperm(len(half))], args.batch_size, True,
+                                      context.rank, context.world)
+                       for source, half in zip(sources, halves)]
+            if begin is not None:
+                begin(epoch)
+            for i, *batches in zip(range(epoch * steps, (epoch + 1) * steps), *streams):
+                parts["optimizer"].param_groups[0]["lr"] = args.lr * cosine(
+                    i, args.epochs * steps, warmup * steps)
+                step(*batches, *meters)
+                if not bar.disable and i % 50 == 0:  # reading waits for the device
+                    bar.set_postfix_str("loss {:.3f}, accuracy {:.1f}%".format(*meters[-1].read())
+                                        + (note(metrics[-1]) if metrics else ""))
+                bar.update()
+            line = {"epoch": epoch + 1}
+            for name, meter in zip(("train", "val"), meters):
+                line[f"{name}_loss"], line[f"{name}_accuracy"] = meter.read(everywhere=True)
+            context.average_statistics(parts["net"])
+            line |= measure(epoch)
         metrics.append(line | {"seconds": round(time.perf_counter() - start, 2)})
         run.save(parts, metrics)
-        if show and bar is None:
+        if show and bar.disable:
             print(f"{run.path.name} {epoch + 1}/{args.epochs}: " + ", ".join(
                 f"{k} {v:.4g}" for k, v in metrics[-1].items() if k != "epoch"), flush=True)
-    if bar is not None:
-        bar.close()
+    bar.close()
     return metrics
 
 def cosine(step, total, warmup=0):
@@ -1078,7 +1058,8 @@ def choose_precision(run, args, net, image_size, context, *extra):
     this network. Kept in run.json, so that a resumed run goes on with it."""
     device, choice = context.device, (run.info.get("precision") or args.precision, "as asked")
     if choice[0] == "auto" and device.type != "cpu":
-        choice = "bf16", f"the default on {device.type}"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        choice = "bf16" if native else "fp32", f"what {device.type} computes natively"
     elif choice[0] == "auto":
         net, times = copy.deepcopy(net), {"fp32": [], "bf16": []}
         batch = max(4, min(args.batch_size, 64 * 32 ** 2 // image_size ** 2))
@@ -1102,11 +1083,8 @@ def choose_precision(run, args, net, image_size, context, *extra):
     return choice[0]
 
 def pad_channels(net, multiple=8):
-    """Widen every layer of `net` to multiples of 8 channels with zeros, which processors like.
-
-    Zero weights and a zero BN affine get zero gradients and stay zero under SGD with weight decay,
-    so the function and its training are unchanged; `inherit_weights` takes the channels back out.
-    """
+    """Widen every layer of `net` to multiples of 8 channels with zeros, which processors like and
+    training keeps: the function is unchanged; `inherit_weights` takes the channels back out."""
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
             for name, old in [*m.named_parameters(), *m.named_buffers()]:
@@ -1143,19 +1121,21 @@ def sgd(weights, args):
     return torch.optim.SGD(weights, args.lr, momentum=0.9, nesterov=True, fused=True,
                            weight_decay=args.weight_decay)
 
-def descend(loss, params, optimizer, context):
-    """One step of an optimiser. Gradients of `params`, averaged over all processes, and no more."""
+def descend(function, batch, meter, optimizer, context):
+    """One step of an optimiser: the gradients of what it steps, averaged over all processes, and no
+    more. function(x, y) -> (what is minimised, where it is not the next,) loss, right answers."""
+    params, result = optimizer.param_groups[0]["params"], function(*batch)
     optimizer.zero_grad()
-    loss.backward(inputs=params)
+    result[0].backward(inputs=params)
     context.average([p.grad for p in params])
     optimizer.step()
+    meter.add(*result[-2:], len(batch[1]))
 
 class TrainStep:
     """One step of training, under knowledge distillation where there is a teacher."""
 
     def __init__(self, net, args, context, precision, teacher=None):
-        self.weights, self.context = list(net.parameters()), context
-        self.optimizer = sgd(self.weights, args)
+        self.optimizer, self.context = sgd(net.parameters(), args), context
 
         def loss(x, y):
             with autocast(precision, context.device):
@@ -1169,19 +1149,16 @@ class TrainStep:
         self.loss = maybe_compile(loss, args, context.device)
 
     def __call__(self, x, y, meter):
-        loss, correct = self.loss(x, y)
-        descend(loss, self.weights, self.optimizer, self.context)
-        meter.add(loss, correct, len(y))
+        descend(self.loss, (x, y), meter, self.optimizer, self.context)
 
 class SearchStep:
     """One search step: SGD on the weights with a batch of the one half, then Adam on alpha and beta
     with a batch of the other half, each with its own sample."""
 
     def __init__(self, net, args, context, precision, target):
-        self.weights, self.sizes, self.context = net.weights(), [net.alpha, net.beta], context
-        self.optimizer = sgd(self.weights, args)
-        self.arch_optimizer = torch.optim.Adam(self.sizes, args.arch_lr, betas=(0.5, 0.999),
-                                               weight_decay=1e-3, fused=True)
+        self.net, self.context, self.optimizer = net, context, sgd(net.weights(), args)
+        self.arch_optimizer = torch.optim.Adam([net.alpha, net.beta], args.arch_lr,
+                                               betas=(0.5, 0.999), weight_decay=1e-3, fused=True)
         self.tau = torch.ones((), device=context.device)
 
         def loss(x, y):
@@ -1202,61 +1179,37 @@ class SearchStep:
         self.arch_loss = maybe_compile(arch_loss, args, context.device)
 
     def __call__(self, batch, arch_batch, meter, arch_meter):
-        (x, y), (arch_x, arch_y) = batch, arch_batch
-        self.follow(self.weights, self.sizes)
-        loss, correct = self.loss(x, y)
-        descend(loss, self.weights, self.optimizer, self.context)
-        meter.add(loss, correct, len(y))
-        self.follow(self.sizes, self.weights)
-        total, loss, correct = self.arch_loss(arch_x, arch_y)
-        descend(total, self.sizes, self.arch_optimizer, self.context)
-        arch_meter.add(loss, correct, len(arch_y))
-
-    @staticmethod
-    def follow(params, others):
-        """Let autograd follow these parameters only, in the forward pass already."""
-        for p in params + others:
-            p.requires_grad_(False)
-        for p in params:
-            p.requires_grad_(True)
+        for half in ((self.loss, batch, meter, self.optimizer),
+                     (self.arch_loss, arch_batch, arch_meter, self.arch_optimizer)):
+            self.net.requires_grad_(False)  # autograd follows only what is stepped ...
+            for p in half[-1].param_groups[0]["params"]:
+                p.requires_grad_(True)  # ... in the forward pass already
+            descend(*half, self.context)
 
 @torch.no_grad()
 def evaluate(net, split, args, context, precision):
     """Accuracy in % on a split, each process on its share."""
     net.eval()
-    meter, order = Meter(context), torch.arange(len(split.labels))
-    for x, y in split.batches(order, args.batch_size, False, context.rank, context.world):
+    order, right = torch.arange(len(split.labels)), torch.zeros((), device=context.device)
+    for x, y in split.batches(order[context.rank::context.world], args.batch_size, False):
         with autocast(precision, context.device):
-            logits = net(x).float()
-        meter.add(logits.new_zeros(()), (logits.argmax(1) == y).sum(), len(y))
-    return meter.read(everywhere=True)[1]
+            right += (net(x).argmax(1) == y).sum()
+    if context.world > 1:
+        torch.distributed.all_reduce(right)
+    return 100 * right.item() / len(order)
 
 def train_network(run, args, context, data, net, teacher=None):
     """Train any network: unpruned or pruned, with a teacher or without. Returns the metrics."""
-    n, steps = len(data.train.labels), len(data.train.labels) // args.batch_size
     _channels_last(pad_channels(net), context.device)
     precision = choose_precision(run, args, net, net.shape.image_size, context)
     if teacher is not None:
         _channels_last(teacher, context.device).eval().requires_grad_(False)
-    train_step = TrainStep(net, args, context, precision, teacher)
-    total, warmup = args.epochs * steps, min(5, args.epochs / 10) * steps
-
-    def train_epoch(epoch, tick):
-        net.train()
-        meter = Meter(context)
-        batches = data.train.batches(torch.randperm(n), args.batch_size, True, context.rank,
-                                     context.world)
-        for step, (x, y) in enumerate(batches, epoch * steps):
-            train_step.optimizer.param_groups[0]["lr"] = args.lr * cosine(step, total, warmup)
-            train_step(x, y, meter)
-            tick(meter)
-        loss, accuracy = meter.read(everywhere=True)
-        context.average_statistics(net)
-        return {"train_loss": loss, "train_accuracy": accuracy,
-                "test_accuracy": evaluate(net, data.test, args, context, precision)}
-
-    return run_epochs(run, args, {"net": net, "optimizer": train_step.optimizer}, steps,
-                      train_epoch)
+    step = TrainStep(net, args, context, precision, teacher)
+    return run_epochs(
+        run, args, context, data, [torch.arange(len(data.train.labels))],
+        {"net": net, "optimizer": step.optimizer}, lambda batch, meter: step(*batch, meter),
+        lambda epoch: {"test_accuracy": evaluate(net, data.test, args, context, precision)},
+        warmup=min(5, args.epochs / 10))
 
 def discrepancy(probabilities, rows):
     """Mean of the top minus the second probability, over the rows that have a choice."""
@@ -1265,71 +1218,58 @@ def discrepancy(probabilities, rows):
 
 def search_sizes(run, args, context, data, space, target):
     """Search the sizes of `space` (paper: the search). Returns the Shape and the metrics."""
-    halves = split_halves(data.train.labels, args.seed)
-    splits = [copy.copy(data.train), copy.copy(data.train)]  # each with its own worker processes
-    steps = min(map(len, halves)) // args.batch_size
     net = _channels_last(SuperResNet(space, args.align), context.device)
     space.to(context.device)
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         sample = sample_sizes(net.alpha, net.beta, 1.0, args.num_samples)
     precision = choose_precision(run, args, net, space.full.image_size, context, sample)
-    search_step = SearchStep(net, args, context, precision, target)
+    step, full = SearchStep(net, args, context, precision, target), count_macs(space.full)
 
-    def train_epoch(epoch, tick):
-        net.train()
-        meter, arch_meter = Meter(context), Meter(context)
-        tau = 10 + (0.1 - 10) * epoch / max(1, args.epochs - 1)
-        search_step.tau.fill_(tau)
-        streams = [split.batches(half[torch.randperm(len(half))], args.batch_size, True,
-                                 context.rank, context.world)
-                   for split, half in zip(splits, halves)]
-        for step, *batches in zip(range(epoch * steps, (epoch + 1) * steps), *streams):
-            search_step.optimizer.param_groups[0]["lr"] = args.lr * cosine(
-                step, args.epochs * steps)
-            search_step(*batches, meter, arch_meter)
-            tick(arch_meter)
-        (loss, accuracy), (val_loss, val_accuracy) = meter.read(True), arch_meter.read(True)
-        context.average_statistics(net)
-        with torch.no_grad():
-            p, q = net.probabilities()
-            return {"train_loss": loss, "train_accuracy": accuracy, "val_loss": val_loss,
-                    "val_accuracy": val_accuracy, "tau": tau,
-                    "expected_macs": float(expected_macs(space, p, q)),
-                    "argmax_macs": int(argmax_macs(space, p, q)),
-                    "width_discrepancy": discrepancy(p, space.widths),
-                    "depth_discrepancy": discrepancy(q, space.depths)}
+    def tau(epoch):
+        return 10 + (0.1 - 10) * epoch / max(1, args.epochs - 1)
 
-    full = count_macs(space.full)
+    @torch.no_grad()
+    def measure(epoch):
+        p, q = net.probabilities()
+        return {"tau": tau(epoch), "expected_macs": float(expected_macs(space, p, q)),
+                "argmax_macs": int(argmax_macs(space, p, q)),
+                "width_discrepancy": discrepancy(p, space.widths),
+                "depth_discrepancy": discrepancy(q, space.depths)}
+
     metrics = run_epochs(
-        run, args, {"net": net, "optimizer": search_step.optimizer,
-                    "arch_optimizer": search_step.arch_optimizer}, steps, train_epoch,
-        lambda line: f", MACs {line['argmax_macs'] / full:.1%} for {target / full:.1%}")
+        run, args, context, data, split_halves(data.train.labels, args.seed),
+        {"net": net, "optimizer": step.optimizer, "arch_optimizer": step.arch_optimizer}, step,
+        measure, begin=lambda epoch: step.tau.fill_(tau(epoch)),
+        note=lambda line: f", MACs {line['argmax_macs'] / full:.1%} for {target / full:.1%}")
     return extract(space, net.alpha, net.beta, target, args.tolerance), metrics
 
 # ---- Commands -----------------------------------------------------------------------------------
 
-PAPER = {  # paper (as transcribed): arch -> accuracy and MACs on CIFAR-10, then on CIFAR-100
-    "resnet20": ("92.88", "22.4M", "68.90", "22.4M"),
-    "resnet32": ("93.16", "35.0M", "72.41", "42.5M"),
-    "resnet56": ("93.69", "59.5M", "72.25", "61.2M"),
-    "resnet110": ("94.33", "119M", "73.16", "120M"),
-    "resnet164": ("94.00", "178M", "77.76", "171M"),
-    "resnet18": ("69.15", "1.21G"), "resnet50": ("76.20", "2.31G")}  # ImageNet
+PAPER = {  # paper (as transcribed): images -> arch -> accuracy and MACs of TAS with KD
+    "50000 + 10000 images, 10 classes": {
+        "resnet20": "92.88 at 22.4M", "resnet32": "93.16 at 35.0M", "resnet56": "93.69 at 59.5M",
+        "resnet110": "94.33 at 119M", "resnet164": "94.00 at 178M"},
+    "50000 + 10000 images, 100 classes": {
+        "resnet20": "68.90 at 22.4M", "resnet32": "72.41 at 42.5M", "resnet56": "72.25 at 61.2M",
+        "resnet110": "73.16 at 120M", "resnet164": "77.76 at 171M"},
+    "1281167 + 50000 images, 1000 classes": {
+        "resnet18": "69.15 at 1.21G", "resnet50": "76.20 at 2.31G"}}
 
 def setup(args):
     """Seed, device, and the processes of torchrun -> Context."""
-    with explain(f"--device {args.device}: {{}}; use cpu or leave it out"):
-        device = torch.device(args.device if args.device != "auto" else
-                              "cuda" if torch.cuda.is_available() else "cpu")
-        torch.zeros(1, device=device).item()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, local = (int(os.environ.get(name, other)) for name, other in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if args.batch_size % world:
         raise TASError(f"--batch-size {args.batch_size} must be a multiple of the {world} "
                        "processes")
-    if world > 1 and not torch.distributed.is_initialized():
+    with explain(f"--device {args.device}: {{}}; use cpu or leave it out"):
+        device = torch.device(args.device if args.device != "auto" else
+                              "cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", local if world > 1 else device.index or 0)
             torch.cuda.set_device(device)
+        torch.zeros(1, device=device).double().item()
+    if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                              timeout=datetime.timedelta(minutes=10))
     torch.backends.cudnn.benchmark = True
@@ -1341,7 +1281,8 @@ def open_data(args, arch, context):
     if args.image_size is None:
         small = ARCHS[arch].small if args.data == "folder" else args.data != "imagenet"
         args.image_size = 32 if small else 224
-    data = load_data(args.data, args.data_dir, args.image_size, context.device, args.workers)
+    with context.first_alone():  # that downloads what is missing
+        data = load_data(args.data, args.data_dir, args.image_size, context.device, args.workers)
     large, searched = args.image_size > 64, args.command == "search" and args.method == "tas"
     args.epochs = args.epochs or (120 if large else 600 if args.command == "search" else 300)
     if args.weight_decay is None:
@@ -1432,8 +1373,10 @@ def finish(run, shape, metrics, **result):
 
 def conclude(args, text, then):
     """Print what a command made and, unless more of `prune` follows, the next command."""
-    place = f"--data {args.data} --data-dir {args.data_dir}".removesuffix(" --data-dir data")
-    print(text + ("" if args.follows else f"\nnext: python tas.py {then.replace('DATA', place)}"))
+    place = f" --data {args.data} --data-dir {args.data_dir}".removesuffix(" --data-dir data")
+    place += f" --image-size {args.image_size} " if args.data == "folder" else " "
+    print(text + ("" if args.follows else "\nnext: python tas.py " + then.replace(
+        " DATA ", place, 1)))
 
 def command_train(args):
     """Train the unpruned network of --arch, or the pruned one of --shape."""
@@ -1637,7 +1580,7 @@ def command_bench(args):
     print("MACs: " + ", ".join(f"{name} {ratio:.1%}" for name, ratio in macs.items()))
     if args.json:
         write_file(args.json, json.dumps({
-            "command": args.line, "machine": machine(), "torch": torch.__version__,
+            "command": args.line, "machine": machine(context.device), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "arch": args.arch, "batch_size": args.batch_size,
             "rows": rows, "macs_ratio": macs, "peak_memory_mb": memory}, indent=1).encode())
     print(f"next: python tas.py prune --data cifar10 --arch {args.arch} --flops 0.5")
@@ -1706,9 +1649,7 @@ def _report_rows(runs):
 
         drops = [r["teacher_accuracy"] - r["accuracy"]
                  for r in results if r.get("teacher_accuracy")]
-        known = [settings["images"] == f"50000 + 10000 images, {n} classes" for n in (10, 100)]
-        paper = PAPER.get(arch, ())[2 * known.index(True) % 4:][:2] \
-            if any(known := [*known, data == "imagenet"]) and kind == "tas" else ()
+        paper = PAPER.get(settings["images"], {}) if (kind, transfer) == ("tas", "kd") else {}
         macs = statistics.mean(r["macs"] / r["full_macs"] for r in results)
         yield [arch, data, kind, transfer, f"{target / 1e6:.2f}" if target else "-",
                mean("macs", 1e6), f"{100 * (1 - macs):.1f}", mean("params", 1e6, 3),
@@ -1717,7 +1658,7 @@ def _report_rows(runs):
                " ".join(str(info["settings"]["seed"]) for info in infos),
                " + ".join(str(d["epochs"]) for d in (search, settings)
                           if d is settings or kind.startswith("tas")),
-               mean("seconds", 60, 1), " at ".join(paper) or "-"]
+               mean("seconds", 60, 1), paper.get(arch, "-")]
 
 def command_report(args):
     """One Markdown table and one figure over all runs below the given directories."""
@@ -1745,66 +1686,53 @@ def command_report(args):
 
 def _draw_report(directory, path):
     """The trajectory of one search, and the widths it found over the unpruned ones."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    settings, shape = read_json(directory / "run.json")["settings"], Shape.load(
-        directory / "shape.json")
-    full, epoch, total = shape.full, [line["epoch"] for line in lines], count_macs(shape.full)
-    figure, axes = plt.subplot_mosaic([["macs", "tau", "gap", "accuracy"], ["widths"] * 4],
-                                      figsize=(13, 6.4), layout="constrained")
-    axes["macs"].axhspan(*(100 * settings["target"] * (1 + t) / total for t in (
+    settings, shape = read_json(directory / "run.json")["settings"], Shape.load(directory)
+    total, blue, red, buffer = count_macs(shape.full), "#0072B2", "#D55E00", io.BytesIO()
+    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    *panels, axis = figure.subplot_mosaic("abcd;eeee").values()
+    panels[0].axhspan(*(100 * settings["target"] * (1 + t) / total for t in (
         -settings["tolerance"], settings["tolerance"])), color="0.85", label="target band")
-    for panel, scale, unit, curves in (
-            ("macs", 100 / total, "MACs (% of unpruned)",
-             {"expected_macs": "expected", "argmax_macs": "most probable"}),
-            ("tau", 1, "temperature tau", {"tau": "tau"}),
-            ("gap", 1, "top minus second probability",
-             {"width_discrepancy": "widths", "depth_discrepancy": "depths"}),
-            ("accuracy", 1, "accuracy of sampled sizes (%)",
-             {"val_accuracy": "architecture half", "train_accuracy": "weight half"})):
-        for (key, label), colour, mark in zip(curves.items(), ("#0072B2", "#D55E00"), "os"):
-            axes[panel].plot(epoch, [scale * line[key] for line in lines], color=colour,
-                             marker=mark if len(epoch) < 40 else "", label=label)
-        axes[panel].set(xlabel="epoch", ylabel=unit)
-        axes[panel].xaxis.get_major_locator().set_params(integer=True)
-        axes[panel].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3,
-                           fontsize="small", handlelength=1.2, columnspacing=1)
-    n, axis, found = len(full.stages[0][0]), axes["widths"], [shape.stem]
-    for blocks, widest in zip(shape.stages, full.stages):
+    for panel, (scale, unit, curves) in zip(panels, (
+            (100 / total, "MACs (% of unpruned)", {"expected_macs": "expected",
+                                                   "argmax_macs": "most probable"}),
+            (1, "temperature tau", {"tau": "tau"}),
+            (1, "top minus second probability", {"width_discrepancy": "widths",
+                                                 "depth_discrepancy": "depths"}),
+            (1, "accuracy of sampled sizes (%)", {"val_accuracy": "architecture half",
+                                                  "train_accuracy": "weight half"}))):
+        for (key, label), colour, mark in zip(curves.items(), (blue, red), "os"):
+            panel.plot([line["epoch"] for line in lines], [scale * line[key] for line in lines],
+                       color=colour, marker=mark if len(lines) < 40 else "", label=label)
+        panel.set(xlabel="epoch", ylabel=unit)
+        panel.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3,
+                     fontsize="small", handlelength=1.2, columnspacing=1)
+    found = [shape.stem]
+    for blocks, widest in zip(shape.stages, shape.full.stages):
         axis.axvline(len(found) - 0.5, color="0.4", linewidth=0.8, linestyle=":")
-        found += itertools.chain(*blocks, [0] * n * (len(widest) - len(blocks)))
-    dropped = [j for j, width in enumerate(found) if not width]
-    axis.bar(range(len(found)), full.convs, color="0.85", width=0.9, label="unpruned")
-    axis.bar(range(len(found)), found, color="#0072B2", width=0.9, label="found")
-    axis.plot(dropped, [0] * len(dropped), "x", color="#D55E00", clip_on=False,
-              label="dropped block" if dropped else None)
+        found += itertools.chain(*blocks, [0] * len(widest[0]) * (len(widest) - len(blocks)))
+    axis.bar(range(len(found)), shape.full.convs, color="0.85", width=0.9, label="unpruned")
+    axis.bar(range(len(found)), found, color=blue, width=0.9, label="found")
+    if dropped := [j for j, width in enumerate(found) if not width]:
+        axis.plot(dropped, [0] * len(dropped), "x", color=red, clip_on=False, label="dropped block")
     axis.set(xlabel="conv, in order (dotted: stages begin)", ylabel="channels",
              xlim=(-0.6, len(found) - 0.4))
-    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False, loc="upper left")
+    for each in (*panels, axis):
+        each.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(f"{shape.arch}: {settings['target'] / total:.0%} of the MACs asked, "
                     f"{count_macs(shape) / total:.1%} found, seed {settings['seed']}")
-    buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
-    plt.close(figure)
     write_file(path, buffer.getbuffer())
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line; a wrong word is answered with the nearest."""
 
     def error(self, message):
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += nearest(wrong[1], re.findall(r"\w+", wrong[2]))
         raise TASError(f"{message}; see python {self.prog} --help")
-
-def one_of(*options):
-    """Argument type: one of the options; a wrong word is answered with the nearest."""
-    def parse(text):
-        if text not in options:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(options)}"
-                                             + nearest(text, options))
-        return text
-    return parse
 
 def number(kind, low, high):
     """Argument type: an int or float from low to high."""
@@ -1816,10 +1744,10 @@ def number(kind, low, high):
     return parse
 
 OPTIONS = {  # group -> (flag, argument type, default, help)
-    "network": [("--arch", one_of(*ARCHS), None, " ".join(ARCHS))],
+    "network": [("--arch", tuple(ARCHS), None, " ".join(ARCHS))],
     "shape": [("--shape", str, None, "shape.json of a pruned network, instead of --arch")],
     "data": [
-        ("--data", one_of("cifar10", "cifar100", "imagenet", "folder", "synthetic"), None,
+        ("--data", ("cifar10", "cifar100", "imagenet", "folder", "synthetic"), None,
          "needed: cifar10 cifar100 imagenet folder synthetic"),
         ("--data-dir", str, "data", "where the data is, or goes (data)"),
         ("--image-size", number(int, 8, 1024), None, "pixels (32 or 224); up to 64: in memory"),
@@ -1839,21 +1767,21 @@ OPTIONS = {  # group -> (flag, argument type, default, help)
         ("--arch-lr", number(float, 1e-9, 1e9), None, "Adam's rate for alpha and beta (ours: the "
          "paper's 1e-3 x 59,000 / steps, at least 1e-3, at most 0.05)")],
     "ablations": [
-        ("--search", one_of("both", "width", "depth"), "both", "both width depth (both, paper)"),
-        ("--method", one_of("tas", "random", "uniform"), "tas",
+        ("--search", ("both", "width", "depth"), "both", "both width depth (both, paper)"),
+        ("--method", ("tas", "random", "uniform"), "tas",
          "tas; random: any sizes; uniform: one factor for all widths (tas, paper)"),
         ("--num-samples", number(int, 1, 8), 2, "candidates mixed, 1 to 8 (2, paper)"),
-        ("--sampler", one_of("gumbel", "softmax"), "gumbel", "gumbel softmax (gumbel, paper)"),
-        ("--align", one_of("cwi", "pad"), "cwi",
+        ("--sampler", ("gumbel", "softmax"), "gumbel", "gumbel softmax (gumbel, paper)"),
+        ("--align", ("cwi", "pad"), "cwi",
          "of unequal widths: cwi, or pad with zeros (cwi, paper)")],
     "knowledge transfer": [
         ("--teacher", str, None, "directory of the trained unpruned network, or torchvision"),
-        ("--transfer", one_of("none", "init", "kd"), None,
+        ("--transfer", ("none", "init", "kd"), None,
          "none; init: copy its first channels; kd: distil (kd with a teacher)")],
     "running/device": [
         ("--device", str, "auto", "cpu, cuda, ... (auto: cuda where there is one)"),
-        ("--precision", one_of("auto", "fp32", "bf16"), "auto", "auto fp32 bf16 (the faster)"),
-        ("--compile", one_of("auto", "on", "off"), "auto", "auto on off (auto: on CUDA)")],
+        ("--precision", ("auto", "fp32", "bf16"), "auto", "auto fp32 bf16 (the faster)"),
+        ("--compile", ("auto", "on", "off"), "auto", "auto on off (auto: on CUDA)")],
     "running": [
         ("--out", str, None, "run directory, for prune the one above (runs/DATA-ARCH/STEP)"),
         ("--quiet", None, False, "print results only")],
@@ -1899,7 +1827,8 @@ def build_parser():
         for group in groups:
             for flag, kind, default, text in OPTIONS[group]:
                 how = {"action": "store_true"} if kind is None else {
-                    "nargs" if kind in ("*", "+") else "type": kind, "default": default,
+                    "nargs" if kind in ("*", "+") else
+                    "choices" if isinstance(kind, tuple) else "type": kind, "default": default,
                     "metavar": flag.upper().split("-")[-1]}
                 if flag == "--data" or flag == "--arch" and name in ("search", "prune"):
                     how["required"] = True
@@ -1909,17 +1838,11 @@ def build_parser():
 
 def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can mend, 130 when stopped."""
-    def stop(*_):
-        raise KeyboardInterrupt
-
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-            raise TASError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; known: "
-                           f"{', '.join(COMMANDS)}")
         args = build_parser().parse_args(argv)
         args.line = " ".join(["python tas.py", *argv])
-        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         args.function(args)
     except TASError as error:  # its last part, when a worker process raised it
         print(f"error: {str(error).rsplit('TASError: ', 1)[-1].strip()}", file=sys.stderr)

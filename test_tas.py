@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -1688,6 +1689,24 @@ def test_large_images_do_not_depend_on_workers_or_interruptions(tmp_path, monkey
         assert run(line, tmp=tmp_path, n=1) == 130
     assert run(line, tmp=tmp_path, n=1) == 0
     check_same_run(tmp_path / "0", tmp_path / "1")
+
+
+def test_the_halves_of_the_search_do_not_mix(tmp_path, monkeypatch):
+    """Large images, after a training with the same data: a batch of the one half comes from it, of
+    the other from the other."""
+    write_images(tmp_path / "data", "abc", train=8, size=66)
+    data = tas.load_data("imagenet", tmp_path / "data", 66, torch.device("cpu"), 1)
+    list(data.train.batches(torch.arange(24), 4, True))
+    pickle.dumps(data.train)  # as for worker processes that are not forks
+    seen, plain = [], tas.LargeImages.__getitem__
+    monkeypatch.setattr(tas.LargeImages, "__getitem__", lambda self, item: seen.append(
+        (id(self), item[0])) or plain(self, item))
+    assert run("search --data imagenet --data-dir {tmp}/data --image-size 66 --arch resnet18 "
+               "--epochs 2 --batch-size 4 --precision fp32 --workers 0 --out {tmp}/run",
+               tmp=tmp_path) == 0
+    halves = [set(half.tolist()) for half in tas.split_halves(data.train.labels, 0)]
+    found = {owner: {i for o, i in seen if o == owner} for owner, _ in seen}
+    assert sorted(map(sorted, found.values())) == sorted(map(sorted, halves))
 
 
 def test_precision_is_chosen_once(root, tmp_path, monkeypatch):
