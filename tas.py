@@ -504,6 +504,7 @@ class SuperResNet(nn.Module):
 def cost_loss(expected, actual, target, tolerance=0.05):
     """Paper's cost loss: log E[MACs] when the argmax network is too large, its negative when it is
     too small, 0 inside target (1 -+ tolerance). expected: 0-d tensor; actual, target: MACs."""
+    expected = torch.as_tensor(expected)
     actual = torch.as_tensor(actual, device=expected.device)
     over, under = actual > (1 + tolerance) * target, actual < (1 - tolerance) * target
     return (over.to(expected) - under.to(expected)) * expected.log()
