@@ -1664,7 +1664,7 @@ def _report_rows(runs):
 def command_report(args):
     """One Markdown table and one figure over all runs below the given directories."""
     places = ", ".join(args.dirs)
-    paths = sorted({p for d in args.dirs for p in Path(d).rglob("run.json")})
+    paths = dict.fromkeys(p for d in args.dirs for p in sorted(Path(d).rglob("run.json")))
     runs = [(p.parent, info) for p in paths if (info := read_json(p)).get("result")]
     if not runs:
         raise TASError(f"no finished run below {places}; train or search first")
