@@ -10,7 +10,6 @@ Search space: Space. Transformable network: SuperResNet. Channel-wise interpolat
 Gumbel-Softmax over sizes: sample_sizes. Expected cost: expected_macs. Cost loss: cost_loss.
 Pruned size: extract. Knowledge distillation: kd_loss.
 """
-from __future__ import annotations
 
 import argparse
 import collections

@@ -1592,6 +1592,7 @@ def test_killed_while_writing_checkpoints(root, tmp_path):
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_with_a_hint(root, tmp_path, monkeypatch, how):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
     line = TRAIN.replace("--epochs 2", "--epochs 500") + " --out {tmp}/run"
     status, _, err = stop_at_line(line, ["run 2/500"], 0.1, how, root=root, tmp=tmp_path)
     assert status == 130
