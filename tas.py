@@ -12,7 +12,6 @@ Pruned size: extract. Knowledge distillation: kd_loss.
 """
 
 import argparse
-import collections
 import contextlib
 import copy
 import dataclasses
@@ -43,6 +42,11 @@ ABSENT = -1e4  # logit of a candidate that a row of alpha or beta does not have:
 
 class TASError(ValueError):
     """A mistake that the user can mend: the message names the thing and the remedy."""
+
+def require(condition, message):
+    """TASError with the message unless the condition holds."""
+    if not condition:
+        raise TASError(message)
 
 @contextlib.contextmanager
 def explain(message, kind=Exception):
@@ -80,10 +84,11 @@ ARCHS = {"resnet20": _arch(3, 3, 3), "resnet32": _arch(5, 5, 5), "resnet44": _ar
          "resnet34": _arch(3, 4, 6, 3), "resnet50": _arch(3, 4, 6, 3, bottleneck=True),
          "resnet101": _arch(3, 4, 23, 3, bottleneck=True)}
 
-def _check_arch(arch):
-    if not isinstance(arch, str) or arch not in ARCHS:
-        raise TASError(f"unknown arch {str(arch)[:40]!r}{nearest(arch, ARCHS)}; "
-                       f"known: {', '.join(ARCHS)}")
+def find_arch(name):
+    """The Arch of that name; TASError with the nearest name when there is none."""
+    require(isinstance(name, str) and name in ARCHS, f"unknown arch {str(name)[:40]!r}"
+            f"{nearest(name, ARCHS)}; known: {', '.join(ARCHS)}")
+    return ARCHS[name]
 
 def _check(name, value, most, least=1):
     """TASError unless `value` is a whole number up to `most` or, where that is a list, a list of
@@ -95,9 +100,9 @@ def _check(name, value, most, least=1):
         few = len(most) if isinstance(most[0], int) or isinstance(most[0][0], list) else 1
         what = f"a list of {few} to {len(most)} items"
         right = isinstance(value, (list, tuple)) and few <= len(value) <= len(most)
-    if not right:
-        huge = type(value) is int and abs(value) > 10 ** 40  # too long to print
-        raise TASError(f"{name} must be {what}, not {'a huge one' if huge else str(value)[:40]}")
+    if not right:  # some are too long to print
+        found = "a huge one" if type(value) is int and abs(value) > 10 ** 40 else str(value)[:40]
+        raise TASError(f"{name} must be {what}, not {found}")
     for i, part in enumerate(value if isinstance(most, list) else ()):
         _check(f"{name}[{i}]", part, most[i])
 
@@ -113,8 +118,7 @@ class Shape:
     stages: list
 
     def __post_init__(self):
-        _check_arch(self.arch)
-        stages = ARCHS[self.arch].stages
+        stages = find_arch(self.arch).stages
         for name, most, least in (("num_classes", 25_000, 2), ("image_size", 1024, 8),
                                   ("stem", stages[0][0][0], 1), ("stages", stages, 1)):
             _check(name, getattr(self, name), most, least)
@@ -136,8 +140,7 @@ class Shape:
     @classmethod
     def unpruned(cls, arch, num_classes, image_size=None):
         """The full Shape of an arch; image_size in pixels, 32 or 224 when it is None."""
-        _check_arch(arch)
-        small, _, stages = ARCHS[arch]
+        small, _, stages = find_arch(arch)
         return cls(arch, num_classes, image_size or (32 if small else 224), stages[0][0][0], stages)
 
     @classmethod
@@ -260,8 +263,7 @@ def argmax_macs(space, p, q):
     return expected_macs(space, one_hot(p), one_hot(q))
 
 def count_macs(shape):
-    """MACs of one image through the network of `shape`, an int; BN, bias, ReLU, pooling and
-    additions are not counted."""
+    """MACs of one image, an int: of convs and the classifier; nothing else is counted."""
     ones = torch.ones(len(shape.convs), 1)
     return int(expected_macs(Space.single(shape), ones, ones[:len(shape.stages)]))
 
@@ -350,11 +352,6 @@ def cwi_matrix(c_in, c_out, size=None, dtype=torch.float32):
     inside = (column >= first) & (column < end) & (row < c_out)
     return inside.to(dtype) / (end - first)
 
-def pad_matrix(c_in, c_out, size, dtype):
-    """Alignment by zero-padding instead of CWI (paper's ablation), in the form of cwi_matrix."""
-    row = torch.arange(size, device=c_in.device)[:, None]
-    return ((row == row.T) & (row < c_in)).to(dtype)
-
 def channel_wise_interpolation(x, c_out):
     """x [N, C, ...] -> [N, c_out, ...], each output channel the mean of its share of the inputs."""
     return torch.einsum("oc,nc...->no...", cwi_matrix(x.shape[1], c_out, dtype=x.dtype).to(x), x)
@@ -402,12 +399,12 @@ class MixedConv(nn.Module):
     def forward(self, x, index, weight):
         """x [N, c_in, H, W]; index, weight [S] -> y [N, C, H', W'], zero past its width m; and m
         as a 0-d tensor."""
-        width = self.widths.index_select(0, index)  # [S]
+        width = self.widths.index_select(0, index)[:, None, None]  # [S, 1, 1]
         m = width.max()
         x = F.batch_norm(self.conv(x), self.running_mean, self.running_var,
                          training=self.training)  # [N, C, H', W']
-        t = self.align(width[:, None, None], m, self.gamma.shape[1], self.gamma.dtype)  # [S, C, C]
-        t = t * weight.to(t)[:, None, None]
+        t = cwi_matrix(width, m if self.align == "cwi" else width, *self.gamma.shape[1:],
+                       self.gamma.dtype) * weight.to(self.gamma)[:, None, None]  # [S, C, C]
         mix = (t * self.gamma.index_select(0, index)[:, None]).sum(0)  # [C, C]
         bias = (t * self.beta.index_select(0, index)[:, None]).sum((0, 2))  # [C]
         return F.conv2d(x, mix[:, :, None, None], bias), m
@@ -443,7 +440,7 @@ class SuperResNet(nn.Module):
 
     def __init__(self, space, align="cwi"):
         super().__init__()
-        arch, align = ARCHS[space.full.arch], cwi_matrix if align == "cwi" else pad_matrix
+        arch = ARCHS[space.full.arch]
         self.space, self.align = space, align
         # Candidates that a row lacks repeat its first width; their weight is 0.
         rows = iter([[*row, *row[:1] * (space.K - len(row))] for row in space.widths])
@@ -458,6 +455,7 @@ class SuperResNet(nn.Module):
                 c = max(widths[-1])
         self.fc = nn.Linear(c, space.full.num_classes)
         self.alpha, self.beta = map(self._logits, (space.widths, space.depths))
+        self.register_buffer("tau", torch.ones(()), persistent=False)  # temperature of the search
         _init_convs(self)
 
     @staticmethod
@@ -493,8 +491,8 @@ class SuperResNet(nn.Module):
         """Sum over candidate depths d of q_hat_d * CWI(output of block d, M). A stage's later
         blocks have identity shortcuts, so the last output is the widest: M is its width."""
         m, size = outputs[-1][1], outputs[-1][0].shape[1]
-        mixes = [weight * self.align(width[None, None], m, size, q_hat.dtype)  # [C, C]
-                 for weight, (_, width) in zip(q_hat.unbind(), outputs)]
+        mixes = [weight * cwi_matrix(width, m if self.align == "cwi" else width, size, q_hat.dtype)
+                 for weight, (_, width) in zip(q_hat.unbind(), outputs)]  # [C, C] each
         return functools.reduce(torch.add, (
             F.conv2d(y, mix[:, :, None, None]) for mix, (y, _) in zip(mixes, outputs)))
 
@@ -539,16 +537,15 @@ def scale_shape(space, target, tolerance=0.05, round_to=1):
 
     shapes = {scaled(k / 512) for k in range(1, 513)}
     off, _, shape = min((abs(count_macs(s) - target), str(s), s) for s in shapes)
-    if off > tolerance * target:
-        raise TASError(f"no uniform width gives {target:,.0f} MACs within {tolerance:.1%}; the "
-                       f"nearest has {count_macs(shape):,}: choose another --flops")
+    require(off <= tolerance * target, f"no uniform width gives {target:,.0f} MACs within "
+            f"{tolerance:.1%}; the nearest has {count_macs(shape):,}: choose another --flops")
     return shape
 
 def _log_rows(logits, candidates):
     """Log-probabilities as a list of rows without absent candidates, float64 on the CPU."""
     logits = logits.detach().double().cpu()
-    if logits.isnan().any() or len(logits) != len(candidates):
-        raise TASError(f"expected {len(candidates)} rows of logits without NaN")
+    require(len(logits) == len(candidates) and not logits.isnan().any(),
+            f"expected {len(candidates)} rows of logits without NaN")
     return [row[:len(c)].clamp(-1e9, 1e9).log_softmax(0) for row, c in zip(logits, candidates)]
 
 def _layers(space, log_p):
@@ -673,8 +670,7 @@ def _mean_std(device):
 
 def normalize(images):
     """uint8 RGB images [N, 3, H, W] -> the float input of every network, (x / 255 - mean) / std."""
-    if images.dtype != torch.uint8:
-        raise TASError(f"normalize takes uint8 images, 0 to 255, not {images.dtype}")
+    require(images.dtype == torch.uint8, f"normalize takes uint8 images, not {images.dtype}")
     mean, std = _mean_std(images.device)
     return (images - mean) / std
 
@@ -710,6 +706,12 @@ class SmallImages:
             images = self.pixels.index_select(0, pixel.flatten()).view(*pixel.shape, 3)
             yield normalize(images.permute(0, 3, 1, 2)), self.labels[index]
 
+def _resize(size):
+    """Transform of a test image to uint8 [3, size, size]."""
+    from torchvision.transforms import v2
+    return v2.Compose([v2.Resize(size * 256 // 224 if size > 64 else size), v2.CenterCrop(size),
+                       v2.PILToTensor()])
+
 class LargeImages(torch.utils.data.Dataset):
     """A split of image files, decoded and augmented by worker processes, normalised on the device;
     the same interface as SmallImages. An item is (index, seed of its augmentation or None), so that
@@ -717,46 +719,36 @@ class LargeImages(torch.utils.data.Dataset):
 
     def __init__(self, folder, size, device, workers):
         from torchvision.transforms import v2
-        self.folder, self.size, self.device, self.workers = folder, size, device, workers
-        self.labels, self.loaders = torch.tensor(folder.targets), {}
+        self.folder, self.device, self.workers, self.loader = folder, device, workers, None
+        self.labels, self.plain = torch.tensor(folder.targets), _resize(size)
         self.augment = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
                                    v2.ColorJitter(0.4, 0.4, 0.4), v2.PILToTensor()])
-        self.plain = v2.Compose([v2.Resize(size * 256 // 224 if size > 64 else size),
-                                 v2.CenterCrop(size), v2.PILToTensor()])
 
     def __getstate__(self):
-        return vars(self) | {"loaders": {}}  # a copy of this split has its own
+        return vars(self) | {"loader": None}  # a copy of this split has its own
 
     def __getitem__(self, item):
-        (path, label), seed = self.folder.samples[item[0]], item[1]
-        with explain(f"cannot read the image {path}: {{}}; replace or remove it"):
-            image = self.folder.loader(path)
+        image, label = self.folder[item[0]]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed or 0)  # the CPU's alone
-            return (self.plain if seed is None else self.augment)(image), label
-
-    def read(self, items, batch_size, train=False, rank=0, world=1):
-        """uint8 images [B, 3, H, W] and labels of the items, in the workers of this kind."""
-        if train not in self.loaders:
-            self.loaders[train] = torch.utils.data.DataLoader(
-                self, batch_sampler=[], num_workers=self.workers,
-                pin_memory=self.device.type == "cuda",
-                persistent_workers=self.workers > 0 and self.size > 64,
-                generator=torch.Generator())  # leaves the global random state to the items' seeds
-        self.loaders[train].batch_sampler[:] = [
-            items[i:i + batch_size][rank::world]
-            for i in range(0, len(items) - (batch_size - 1 if train else 0), batch_size)]
-        return self.loaders[train]
+            torch.default_generator.manual_seed(item[1] or 0)  # the CPU's alone
+            return (self.plain if item[1] is None else self.augment)(image), label
 
     def batches(self, order, batch_size, train, rank=0, world=1):
         """As those of SmallImages."""
         seeds = torch.randint(2 ** 62, (len(order),)).tolist() if train else [None] * len(order)
         items = list(zip(order.tolist(), seeds))
-        for images, labels in self.read(items, batch_size, train, rank, world):
+        if self.loader is None:  # its own generator leaves the global random state alone
+            self.loader = torch.utils.data.DataLoader(
+                self, batch_sampler=[], num_workers=self.workers, generator=torch.Generator(),
+                pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0)
+        self.loader.batch_sampler[:] = [
+            items[i:i + batch_size][rank::world]
+            for i in range(0, len(items) - (batch_size - 1 if train else 0), batch_size)]
+        for images, labels in self.loader:
             images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
             yield normalize(images.contiguous(memory_format=torch.channels_last)), labels
 
-Data = collections.namedtuple("Data", "train test classes")  # two splits, names of the classes
+Data = NamedTuple("Data", [("train", object), ("test", object), ("classes", list)])
 
 def _synthetic(count, seed):
     """Gratings of 5 slopes and 2 periods, 10 classes. Phase, colour and mirroring are random:
@@ -784,6 +776,11 @@ def _cifar(name, root):
         splits = [kind(root, train, download=True) for train in (True, False)]
     return [(torch.from_numpy(s.data), torch.tensor(s.targets)) for s in splits], splits[0].classes
 
+def _read_image(path):
+    from torchvision.datasets.folder import default_loader
+    with explain(f"cannot read the image {path}: {{}}; replace or remove it"):
+        return default_loader(path)
+
 def _folders(root):
     """torchvision's ImageFolders root/train and root/test or, without test, root/val."""
     from torchvision.datasets import ImageFolder
@@ -791,13 +788,11 @@ def _folders(root):
     for part in (root / "train", root / "test" if (root / "test").is_dir() else root / "val"):
         with explain(f"{part}: {{}}. Put the images into {root}/train/CLASS/ and "
                      f"{root}/val/CLASS/", OSError):  # no folder, or a class without images
-            folders.append(ImageFolder(part))
-    classes, others = (set(folder.classes) for folder in folders)
-    if classes != others or len(classes) < 2:
-        odd = f"only one has: {', '.join(sorted(classes ^ others))[:80]}" if classes != others \
-            else "there is one class only"
-        raise TASError(f"{folders[0].root} and {folders[1].root} must have the same class folders, "
-                       f"two or more; {odd}")
+            folders.append(ImageFolder(part, loader=_read_image))
+    odd = set(folders[0].classes) ^ set(folders[1].classes)
+    why = f"only one has: {', '.join(sorted(odd))[:80]}" if odd else "there is one class only"
+    require(not odd and len(folders[0].classes) > 1, f"{folders[0].root} and {folders[1].root} "
+            f"must have the same class folders, two or more; {why}")
     return folders
 
 @functools.lru_cache(maxsize=1)
@@ -806,13 +801,14 @@ def load_data(name, root, image_size, device, workers):
     fly; raises TASError for what is missing, empty, unreadable or inconsistent."""
     if name in ("imagenet", "folder"):
         folders = _folders(root)
-        classes, parts = folders[0].classes, [
-            LargeImages(folder, image_size, device, workers) for folder in folders]
+        classes, splits = folders[0].classes, []
         if image_size > 64:
-            return Data(*parts, classes)
-        splits = [(torch.cat([x for x, _ in part.read([(i, None) for i in range(len(part.labels))],
-                                                      500)]).permute(0, 2, 3, 1), part.labels)
-                  for part in parts]
+            return Data(*[LargeImages(f, image_size, device, workers) for f in folders], classes)
+        for folder in folders:
+            folder.transform = _resize(image_size)
+            images = torch.cat([x for x, _ in torch.utils.data.DataLoader(
+                folder, 500, num_workers=workers, generator=torch.Generator())])
+            splits.append((images.permute(0, 2, 3, 1), torch.tensor(folder.targets)))
     elif image_size != 32:
         raise TASError(f"{name} has images of 32 pixels; leave --image-size out or use it with "
                        "--data folder")
@@ -871,40 +867,57 @@ def load_tensors(path):
                 raise ValueError
         return {**torch.load(path, map_location="cpu", weights_only=True)}
 
+@contextlib.contextmanager
+def first_alone(args):
+    """The first process of torchrun does something before the others do it."""
+    if args.rank:
+        torch.distributed.barrier()
+    yield
+    if args.world > 1 and not args.rank:
+        torch.distributed.barrier()
+
+@torch.no_grad()
+def average(tensors, world):
+    """Average tensors over all processes, in place."""
+    if world > 1:
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        torch.distributed.all_reduce(flat)
+        for t, mean in zip(tensors, flat.div_(world).split([t.numel() for t in tensors])):
+            t.copy_(mean.view(t.shape))
+
 class Run:
     """A run directory: run.json (settings, versions, command and, when finished, the result),
     metrics.jsonl (a line an epoch) and last.ckpt (the state after the last finished epoch). One
     that was made with other settings is refused."""
 
-    def __init__(self, path, settings, args, context):
-        self.path, self.first, self.settings = Path(path), context.rank == 0, settings
-        self.info = {"command": args.line, "settings": settings, "machine": machine(context.device),
+    def __init__(self, path, settings, args):
+        self.path, self.settings, self.args = Path(path), settings, args
+        self.info = {"command": args.line, "settings": settings, "machine": machine(args.device),
                      "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-        with context.first_alone():
+        with first_alone(args):
             if (self.path / "run.json").exists():
                 self.info = read_json(self.path / "run.json")
                 self._compare("run.json", self.info.get("settings"))
                 with explain(f"{self.path / 'run.json'} is damaged; choose another --out"):
                     if self.result is not None:
                         f"{self.result['macs']:d} {self.result.get('accuracy', 0.0):f}"
-            elif self.path.is_file() or any(p.suffix != ".tmp" for p in self.path.glob("*")):
-                raise TASError(f"{path} exists and is no run directory; choose another --out")
             else:
+                empty = all(p.suffix == ".tmp" for p in self.path.glob("*"))
+                require(empty and not self.path.is_file(),
+                        f"{path} exists and is no run directory; choose another --out")
                 self.update()
 
     def _compare(self, name, old):
-        if not isinstance(old, dict):
-            raise TASError(f"{self.path / name} has no settings; choose another --out")
+        require(isinstance(old, dict), f"{self.path / name} has no settings; choose another --out")
         odd = [f"{k} was {str(old.get(k))[:60]}, now {str(self.settings.get(k))[:60]}"
                for k in sorted({*old, *self.settings}) if old.get(k) != self.settings.get(k)]
-        if odd:
-            raise TASError(f"{self.path / name} has other settings ({'; '.join(odd)}); choose "
-                           "another --out, or the old settings")
+        require(not odd, f"{self.path / name} has other settings ({'; '.join(odd)}); choose "
+                "another --out, or the old settings")
 
     def update(self, **entries):
         """Add entries to run.json."""
         self.info |= entries
-        if self.first:
+        if not self.args.rank:
             write_file(self.path / "run.json", json.dumps(self.info, indent=1).encode() + b"\n")
 
     @property
@@ -930,7 +943,7 @@ class Run:
 
     def save(self, parts, metrics):
         """Write metrics.jsonl and last.ckpt."""
-        if self.first:
+        if not self.args.rank:
             write_file(self.path / "metrics.jsonl",
                        "".join(json.dumps(line) + "\n" for line in metrics).encode())
             save_tensors(self.path / "last.ckpt", {
@@ -947,161 +960,17 @@ def machine(device):
         name = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     return f"{name}, {torch.get_num_threads()} threads"
 
-class Context(NamedTuple):
-    """Where a command runs: its device, and its place among the processes of torchrun."""
-
-    device: torch.device
-    rank: int = 0
-    world: int = 1
-
-    @contextlib.contextmanager
-    def first_alone(self):
-        """The first process does something before the others do it."""
-        if self.rank:
-            torch.distributed.barrier()
-        yield
-        if self.world > 1 and not self.rank:
-            torch.distributed.barrier()
-
-    @torch.no_grad()
-    def average(self, tensors):
-        """Average tensors over all processes, in place: gradients or running statistics."""
-        if self.world > 1:
-            flat = torch.cat([t.reshape(-1) for t in tensors])
-            torch.distributed.all_reduce(flat)
-            for t, mean in zip(tensors, flat.div_(self.world).split([t.numel() for t in tensors])):
-                t.copy_(mean.view(t.shape))
-
-    def average_statistics(self, net):
-        """Make every process evaluate the same network."""
-        self.average([b for b in net.buffers() if b.is_floating_point()])
-
-class Meter:
-    """Loss and right answers of every step, kept on the device: only reading them waits for it."""
-
-    def __init__(self, context):
-        self.context, self.steps = context, []
-
-    def add(self, loss, correct, count):
-        """Add a batch of `count` images: its mean loss and its number of right answers."""
-        loss = loss.detach().double()
-        self.steps.append(torch.stack([loss * count, correct.double(),
-                                       torch.full_like(loss, count)]))
-
-    def read(self, everywhere=False):
-        """(mean loss, accuracy in %); `everywhere`: over all processes, which all must call it.
-        Raises FloatingPointError with the first step whose loss was not finite."""
-        steps = torch.stack(self.steps)  # [steps, 3]
-        if everywhere and self.context.world > 1:
-            torch.distributed.all_reduce(steps)
-        if bad := (~steps[:, 0].isfinite()).nonzero().flatten().tolist():
-            raise FloatingPointError(bad[0] + 1)
-        loss, correct, count = steps.sum(0).tolist()
-        return loss / count, 100 * correct / count
-
-def run_epochs(run, args, context, data, halves, parts, step, measure, warmup=0, begin=None,
-               note=lambda line: ""):
-    """The loop of training and search. Every step takes a batch of each of `halves` (the indices
-    of the training images, or of either half) and a Meter for it. After each epoch that is not
-    done there is a line of metrics, with measure(epoch), and a checkpoint; returns all lines.
-    One bar on a terminal, else a line an epoch."""
-    from tqdm import tqdm
-    metrics, show = run.resume(parts), run.first and not args.quiet
-    steps = min(map(len, halves)) // args.batch_size
-    sources = [copy.copy(data.train) for _ in halves]  # each with its own worker processes
-    bar = tqdm(total=args.epochs * steps, initial=len(metrics) * steps, desc=run.path.name,
-               unit="step", dynamic_ncols=True, disable=None if show else True)
-    for epoch in range(len(metrics), args.epochs):
-        start, meters = time.perf_counter(), [Meter(context) for _ in halves]
-        parts["net"].train()
-        with explain(f"{run.path}: the loss is not finite in epoch {epoch + 1}, step {{}}, with "
-                     f"--lr {args.lr:g}; lower --lr (and choose another --out); the checkpoint of "
-                     "the epoch before is kept", FloatingPointError):
-            streams = [source.batches(half[torch.randperm(len(half))], args.batch_size, True,
-                                      context.rank, context.world)
-                       for source, half in zip(sources, halves)]
-            if begin is not None:
-                begin(epoch)
-            for i, *batches in zip(range(epoch * steps, (epoch + 1) * steps), *streams):
-                parts["optimizer"].param_groups[0]["lr"] = args.lr * cosine(
-                    i, args.epochs * steps, warmup * steps)
-                step(*batches, *meters)
-                if not bar.disable and i % 50 == 0:  # reading waits for the device
-                    bar.set_postfix_str("loss {:.3f}, accuracy {:.1f}%".format(*meters[-1].read())
-                                        + (note(metrics[-1]) if metrics else ""))
-                bar.update()
-            line = {"epoch": epoch + 1}
-            for name, meter in zip(("train", "val"), meters):
-                line[f"{name}_loss"], line[f"{name}_accuracy"] = meter.read(everywhere=True)
-            context.average_statistics(parts["net"])
-            line |= measure(epoch)
-        metrics.append(line | {"seconds": round(time.perf_counter() - start, 2)})
-        run.save(parts, metrics)
-        if show and bar.disable:
-            print(f"{run.path.name} {epoch + 1}/{args.epochs}: " + ", ".join(
-                f"{k} {v:.4g}" for k, v in metrics[-1].items() if k != "epoch"), flush=True)
-    bar.close()
-    return metrics
-
-def cosine(step, total, warmup=0):
-    """Factor of the learning rate: linear warm-up, then a cosine to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-def autocast(precision, device):
+def autocast(args):
     """bf16 for convolutions and matrix products; statistics, losses and optimisers stay fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-def choose_precision(run, args, net, image_size, context, *extra):
-    """--precision, with auto resolved: bf16 on CUDA; on a CPU the faster one in training steps of
-    this network. Kept in run.json, so that a resumed run goes on with it."""
-    device, choice = context.device, (run.info.get("precision") or args.precision, "as asked")
-    if choice[0] == "auto" and device.type != "cpu":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        choice = "bf16" if native else "fp32", f"what {device.type} computes natively"
-    elif choice[0] == "auto":
-        net, times = copy.deepcopy(net), {"fp32": [], "bf16": []}
-        batch = max(4, min(args.batch_size, 64 * 32 ** 2 // image_size ** 2))
-        x = torch.ones(batch, 3, image_size, image_size).to(memory_format=torch.channels_last)
-        for name in ("fp32", "bf16") * 5:
-            start = time.perf_counter()
-            with autocast(name, device):
-                logits = net(x, *extra)
-            logits.float().logsumexp(1).sum().backward()
-            times[name].append(time.perf_counter() - start)
-        ratio = statistics.median(times["fp32"][1:]) / statistics.median(times["bf16"][1:])
-        choice = ("bf16" if ratio > 1.2 else "fp32",  # a margin, so that noise does not choose
-                  f"a step in bf16 is {ratio:.2f} times as fast as in fp32")
-    choice = list(choice)
-    if context.world > 1:
-        torch.distributed.broadcast_object_list(choice)
-    if "precision" not in run.info:
-        if run.first and not args.quiet:
-            print("precision {}: {}".format(*choice), flush=True)
-        run.update(precision=choice[0], precision_reason=choice[1])
-    return choice[0]
+def place(net, args):
+    """Move a network to the device, in the memory format that convolutions like."""
+    return net.to(args.device, memory_format=torch.channels_last)
 
-def pad_channels(net, multiple=8):
-    """Widen every layer of `net` to multiples of 8 channels with zeros, which processors like and
-    training keeps: the function is unchanged; `inherit_weights` takes the channels back out."""
-    for m in net.modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
-            for name, old in [*m.named_parameters(), *m.named_buffers()]:
-                pad = [-n % multiple for n in old.shape[:2]]
-                pad[1:] = [0] if m is net.conv1 else pad[1:]  # colours and classes stay
-                pad[:1] = [0] if m is net.fc else pad[:1]
-                new = F.pad(old.detach(), [0, 0] * (old.ndim - 2) + [
-                    n for amount in reversed(pad) for n in (0, amount)])
-                setattr(m, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
-    return net
-
-def _channels_last(net, device):
-    return net.to(device, memory_format=torch.channels_last)
-
-def maybe_compile(function, args, device):
+def maybe_compile(function, args):
     """torch.compile, as one graph of fixed shapes, where --compile asks for it."""
-    if args.compile == "off" or args.compile == "auto" and device.type != "cuda":
+    if args.compile == "off" or args.compile == "auto" and args.device.type != "cuda":
         return function
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
@@ -1116,114 +985,222 @@ def maybe_compile(function, args, device):
             return function(*inputs)
     return compiled if args.compile == "on" else with_fallback
 
+class Step:
+    """One step of an optimiser on a batch of its `share` of the training images, given as indices:
+    the gradients of what it steps, averaged over all processes, and no more. objective(x, y) ->
+    what is minimised, cross-entropy and number of right answers; these stay on the device."""
+
+    def __init__(self, net, optimizer, objective, share, args):
+        self.net, self.optimizer, self.share, self.world = net, optimizer, share, args.world
+        self.objective, self.seen = maybe_compile(objective, args), []
+
+    def __call__(self, x, y):
+        params = self.optimizer.param_groups[0]["params"]
+        self.net.requires_grad_(False)  # autograd follows only what is stepped ...
+        for p in params:
+            p.requires_grad_(True)  # ... in the forward pass already
+        value, loss, right = self.objective(x, y)
+        self.optimizer.zero_grad()
+        value.backward(inputs=params)
+        average([p.grad for p in params], self.world)
+        self.optimizer.step()
+        self.seen.append(torch.stack([loss.detach().double(), 100 * right.double() / len(y)]))
+
+    def read(self, world=1):
+        """(mean loss, accuracy in %) of the steps since `seen` was emptied, over all processes if
+        `world` says so. FloatingPointError with the first step whose loss was not finite."""
+        seen = torch.stack(self.seen)  # [steps, 2]
+        average([seen], world)
+        if bad := (~seen[:, 0].isfinite()).nonzero().flatten().tolist():
+            raise FloatingPointError(bad[0] + 1)
+        return seen.mean(0).tolist()
+
 def sgd(weights, args):
     """The optimiser of all weights: SGD with Nesterov momentum."""
     return torch.optim.SGD(weights, args.lr, momentum=0.9, nesterov=True, fused=True,
                            weight_decay=args.weight_decay)
 
-def descend(function, batch, meter, optimizer, context):
-    """One step of an optimiser: the gradients of what it steps, averaged over all processes, and no
-    more. function(x, y) -> (what is minimised, where it is not the next,) loss, right answers."""
-    params, result = optimizer.param_groups[0]["params"], function(*batch)
-    optimizer.zero_grad()
-    result[0].backward(inputs=params)
-    context.average([p.grad for p in params])
-    optimizer.step()
-    meter.add(*result[-2:], len(batch[1]))
+def train_steps(net, args, share, teacher=None):
+    """The Step of training, in a list, under knowledge distillation where there is a teacher."""
+    def objective(x, y):
+        with autocast(args):
+            logits = net(x).float()  # [N, classes]
+            guide = None if teacher is None else teacher(x).float()
+        loss = F.cross_entropy(logits, y) if teacher is None else kd_loss(logits, guide, y)
+        return loss, loss, (logits.argmax(1) == y).sum()
 
-class TrainStep:
-    """One step of training, under knowledge distillation where there is a teacher."""
+    if teacher is not None:
+        place(teacher, args).eval().requires_grad_(False)
+    return [Step(net, sgd(net.parameters(), args), objective, share, args)]
 
-    def __init__(self, net, args, context, precision, teacher=None):
-        self.optimizer, self.context = sgd(net.parameters(), args), context
+def search_steps(net, args, halves, target):
+    """The two Steps of the search: SGD on the weights with a batch of the one half, then Adam on
+    alpha and beta with a batch of the other half, each with its own sample."""
+    def weight_objective(x, y):
+        sample = sample_sizes(net.alpha, net.beta, net.tau, args.num_samples,
+                              args.sampler == "gumbel")
+        with autocast(args):
+            logits = net(x, sample).float()  # [N, classes]
+        loss = F.cross_entropy(logits, y)
+        return loss, loss, (logits.argmax(1) == y).sum()
 
-        def loss(x, y):
-            with autocast(precision, context.device):
-                logits = net(x).float()  # [N, classes]
-                if teacher is not None:
-                    with torch.no_grad():
-                        guide = teacher(x).float()
-            value = F.cross_entropy(logits, y) if teacher is None else kd_loss(logits, guide, y)
-            return value, (logits.argmax(1) == y).sum()
+    def arch_objective(x, y):
+        loss, _, right = weight_objective(x, y)
+        p, q = net.probabilities()
+        cost = cost_loss(expected_macs(net.space, p, q), argmax_macs(net.space, p, q), target,
+                         args.tolerance)
+        return loss + 2 * cost.float(), loss, right
 
-        self.loss = maybe_compile(loss, args, context.device)
+    adam = torch.optim.Adam([net.alpha, net.beta], args.arch_lr, betas=(0.5, 0.999),
+                            weight_decay=1e-3, fused=True)
+    return [Step(net, sgd(net.weights(), args), weight_objective, halves[0], args),
+            Step(net, adam, arch_objective, halves[1], args)]
 
-    def __call__(self, x, y, meter):
-        descend(self.loss, (x, y), meter, self.optimizer, self.context)
+def cosine(step, total, warmup=0):
+    """Factor of the learning rate: linear warm-up, then a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
-class SearchStep:
-    """One search step: SGD on the weights with a batch of the one half, then Adam on alpha and beta
-    with a batch of the other half, each with its own sample."""
+def run_epochs(run, data, net, steps, measure, warmup=0, begin=lambda epoch: None,
+               note=lambda line: ""):
+    """The loop of training and search: every Step takes a batch of its share in turn, until there
+    is no whole batch left. After each epoch that is not done there is a line of metrics, with
+    measure(epoch), and a checkpoint; returns all lines. One bar on a terminal, else a line an
+    epoch."""
+    from tqdm import tqdm
+    args, parts = run.args, {"net": net} | {f"step{i}": s.optimizer for i, s in enumerate(steps)}
+    metrics, show = run.resume(parts), not args.rank and not args.quiet
+    size = min(len(step.share) for step in steps) // args.batch_size
+    sources = [copy.copy(data.train) for _ in steps]  # each with its own worker processes
+    bar = tqdm(total=args.epochs * size, initial=len(metrics) * size, desc=run.path.name,
+               unit="step", dynamic_ncols=True, disable=None if show else True)
+    for epoch in range(len(metrics), args.epochs):
+        start = time.perf_counter()
+        net.train()
+        begin(epoch)
+        streams = [source.batches(step.share[torch.randperm(len(step.share))], args.batch_size,
+                                  True, args.rank, args.world)
+                   for source, step in zip(sources, steps)]
+        for step in steps:
+            step.seen = []
+        with explain(f"{run.path}: the loss is not finite in epoch {epoch + 1}, step {{}}, with "
+                     f"--lr {args.lr:g}; lower --lr (and choose another --out); the checkpoint of "
+                     "the epoch before is kept", FloatingPointError):
+            for i, *batches in zip(range(epoch * size, (epoch + 1) * size), *streams):
+                steps[0].optimizer.param_groups[0]["lr"] = args.lr * cosine(
+                    i, args.epochs * size, warmup * size)
+                for step, batch in zip(steps, batches):
+                    step(*batch)
+                if not bar.disable and i % 50 == 0:  # reading waits for the device
+                    bar.set_postfix_str("loss {:.3f}, accuracy {:.1f}%".format(*steps[-1].read())
+                                        + (note(metrics[-1]) if metrics else ""))
+                bar.update()
+            line = {"epoch": epoch + 1}
+            for name, step in zip(("train", "val"), steps):
+                line[f"{name}_loss"], line[f"{name}_accuracy"] = step.read(args.world)
+        average([b for b in net.buffers() if b.is_floating_point()], args.world)
+        metrics.append(line | measure(epoch) | {"seconds": round(time.perf_counter() - start, 2)})
+        run.save(parts, metrics)
+        if show and bar.disable:
+            print(f"{run.path.name} {epoch + 1}/{args.epochs}: " + ", ".join(
+                f"{k} {v:.4g}" for k, v in metrics[-1].items() if k != "epoch"), flush=True)
+    bar.close()
+    return metrics
 
-    def __init__(self, net, args, context, precision, target):
-        self.net, self.context, self.optimizer = net, context, sgd(net.weights(), args)
-        self.arch_optimizer = torch.optim.Adam([net.alpha, net.beta], args.arch_lr,
-                                               betas=(0.5, 0.999), weight_decay=1e-3, fused=True)
-        self.tau = torch.ones((), device=context.device)
+def medians(functions, rounds, device, warmup=1):
+    """name -> median time in ms of functions that take turns, after rounds of warm-up."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = {name: [] for name in functions}
+    for name in [*functions] * (warmup + rounds):
+        wait()
+        start = time.perf_counter()
+        functions[name]()
+        wait()
+        times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values[warmup:]) for name, values in times.items()}
 
-        def loss(x, y):
-            sample = sample_sizes(net.alpha, net.beta, self.tau, args.num_samples,
-                                  args.sampler == "gumbel")
-            with autocast(precision, context.device):
-                logits = net(x, sample).float()  # [N, classes]
-            return F.cross_entropy(logits, y), (logits.argmax(1) == y).sum()
+def choose_precision(run, net, size, *extra):
+    """Resolve --precision auto: bf16 on CUDA; elsewhere the faster one in training steps of this
+    network. Kept in run.json, so that a resumed run goes on with it."""
+    args, reason = run.args, "as asked"
+    args.precision = run.info.get("precision") or args.precision
+    if args.precision == "auto" and args.device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision, reason = "bf16" if native else "fp32", "what the GPU computes natively"
+    elif args.precision == "auto":
+        net, batch = copy.deepcopy(net), max(4, min(args.batch_size, 64 * 32 ** 2 // size ** 2))
+        x = torch.ones(batch, 3, size, size).to(args.device, memory_format=torch.channels_last)
 
-        def arch_loss(x, y):
-            value, correct = loss(x, y)
-            p, q = net.probabilities()
-            cost = cost_loss(expected_macs(net.space, p, q), argmax_macs(net.space, p, q), target,
-                             args.tolerance)
-            return value + 2 * cost.float(), value, correct
+        def step(precision):
+            args.precision = precision
+            with autocast(args):
+                logits = net(x, *extra)
+            logits.float().logsumexp(1).sum().backward()
 
-        self.loss = maybe_compile(loss, args, context.device)
-        self.arch_loss = maybe_compile(arch_loss, args, context.device)
+        times = medians({name: functools.partial(step, name) for name in ("fp32", "bf16")}, 4,
+                        args.device)
+        ratio = times["fp32"] / times["bf16"]
+        reason = f"a step in bf16 is {ratio:.2f} times as fast as in fp32"
+        args.precision = "bf16" if ratio > 1.2 else "fp32"  # a margin, so that noise decides less
+    choice = [args.precision, reason]
+    if args.world > 1:
+        torch.distributed.broadcast_object_list(choice)
+    args.precision = choice[0]
+    if "precision" not in run.info:
+        if not args.rank and not args.quiet:
+            print("precision {}: {}".format(*choice), flush=True)
+        run.update(precision=choice[0], precision_reason=choice[1])
 
-    def __call__(self, batch, arch_batch, meter, arch_meter):
-        for half in ((self.loss, batch, meter, self.optimizer),
-                     (self.arch_loss, arch_batch, arch_meter, self.arch_optimizer)):
-            self.net.requires_grad_(False)  # autograd follows only what is stepped ...
-            for p in half[-1].param_groups[0]["params"]:
-                p.requires_grad_(True)  # ... in the forward pass already
-            descend(*half, self.context)
+def pad_channels(net, multiple=8):
+    """Widen every layer of `net` to multiples of 8 channels with zeros, which processors like and
+    training keeps: the function is unchanged; `inherit_weights` takes the channels back out."""
+    for m in net.modules():
+        for name, old in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]:
+            size = [-(-n // multiple) * multiple for n in old.shape[:2]]
+            if m is net.conv1:
+                size[1] = 3  # colours
+            elif m is net.fc:
+                size[0] = len(old)  # classes
+            new = old.new_zeros([*size, *old.shape[2:]])
+            new[tuple(map(slice, old.shape))] = old.detach()
+            setattr(m, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+    return net
 
 @torch.no_grad()
-def evaluate(net, split, args, context, precision):
+def evaluate(net, split, args):
     """Accuracy in % on a split, each process on its share."""
     net.eval()
-    order, right = torch.arange(len(split.labels)), torch.zeros((), device=context.device)
-    for x, y in split.batches(order[context.rank::context.world], args.batch_size, False):
-        with autocast(precision, context.device):
+    order, right = torch.arange(len(split.labels)), torch.zeros((), device=args.device)
+    for x, y in split.batches(order[args.rank::args.world], args.batch_size, False):
+        with autocast(args):
             right += (net(x).argmax(1) == y).sum()
-    if context.world > 1:
+    if args.world > 1:
         torch.distributed.all_reduce(right)
     return 100 * right.item() / len(order)
 
-def train_network(run, args, context, data, net, teacher=None):
+def train_network(run, data, net, teacher=None):
     """Train any network: unpruned or pruned, with a teacher or without. Returns the metrics."""
-    _channels_last(pad_channels(net), context.device)
-    precision = choose_precision(run, args, net, net.shape.image_size, context)
-    if teacher is not None:
-        _channels_last(teacher, context.device).eval().requires_grad_(False)
-    step = TrainStep(net, args, context, precision, teacher)
-    return run_epochs(
-        run, args, context, data, [torch.arange(len(data.train.labels))],
-        {"net": net, "optimizer": step.optimizer}, lambda batch, meter: step(*batch, meter),
-        lambda epoch: {"test_accuracy": evaluate(net, data.test, args, context, precision)},
-        warmup=min(5, args.epochs / 10))
+    args = run.args
+    place(pad_channels(net), args)
+    choose_precision(run, net, net.shape.image_size)
+    steps = train_steps(net, args, torch.arange(len(data.train.labels)), teacher)
+    return run_epochs(run, data, net, steps,
+                      lambda epoch: {"test_accuracy": evaluate(net, data.test, args)},
+                      warmup=min(5, args.epochs / 10))
 
 def discrepancy(probabilities, rows):
     """Mean of the top minus the second probability, over the rows that have a choice."""
     top = [p[:len(row)].topk(2).values for p, row in zip(probabilities, rows) if len(row) > 1]
     return statistics.mean(float(a - b) for a, b in top) if top else 0.0
 
-def search_sizes(run, args, context, data, space, target):
+def search_sizes(run, data, space, target):
     """Search the sizes of `space` (paper: the search). Returns the Shape and the metrics."""
-    net = _channels_last(SuperResNet(space, args.align), context.device)
-    space.to(context.device)
+    args, full = run.args, count_macs(space.full)
+    net = place(SuperResNet(space.to(run.args.device), args.align), args)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         sample = sample_sizes(net.alpha, net.beta, 1.0, args.num_samples)
-    precision = choose_precision(run, args, net, space.full.image_size, context, sample)
-    step, full = SearchStep(net, args, context, precision, target), count_macs(space.full)
+    choose_precision(run, net, space.full.image_size, sample)
 
     def tau(epoch):
         return 10 + (0.1 - 10) * epoch / max(1, args.epochs - 1)
@@ -1237,9 +1214,8 @@ def search_sizes(run, args, context, data, space, target):
                 "depth_discrepancy": discrepancy(q, space.depths)}
 
     metrics = run_epochs(
-        run, args, context, data, split_halves(data.train.labels, args.seed),
-        {"net": net, "optimizer": step.optimizer, "arch_optimizer": step.arch_optimizer}, step,
-        measure, begin=lambda epoch: step.tau.fill_(tau(epoch)),
+        run, data, net, search_steps(net, args, split_halves(data.train.labels, args.seed), target),
+        measure, begin=lambda epoch: net.tau.fill_(tau(epoch)),
         note=lambda line: f", MACs {line['argmax_macs'] / full:.1%} for {target / full:.1%}")
     return extract(space, net.alpha, net.beta, target, args.tolerance), metrics
 
@@ -1256,41 +1232,38 @@ PAPER = {  # paper (as transcribed): images -> arch -> accuracy and MACs of TAS 
         "resnet18": "69.15 at 1.21G", "resnet50": "76.20 at 2.31G"}}
 
 def setup(args):
-    """Seed, device, and the processes of torchrun -> Context."""
-    rank, world, local = (int(os.environ.get(name, other)) for name, other in (
+    """Fill in the device and the place among the processes of torchrun; set the seed."""
+    args.rank, args.world, local = (int(os.environ.get(name, other)) for name, other in (
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if args.batch_size % world:
-        raise TASError(f"--batch-size {args.batch_size} must be a multiple of the {world} "
-                       "processes")
+    require(args.batch_size % args.world == 0, f"--batch-size {args.batch_size} must be a multiple "
+            f"of the {args.world} processes")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device}: {{}}; use cpu or leave it out"):
-        device = torch.device(args.device if args.device != "auto" else
-                              "cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(auto if args.device == "auto" else args.device)
         if device.type == "cuda":
-            device = torch.device("cuda", local if world > 1 else device.index or 0)
+            device = torch.device("cuda", local if args.world > 1 else device.index or 0)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).double().item()
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                             timeout=datetime.timedelta(minutes=10))
+    args.device = device
+    if args.world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(timeout=datetime.timedelta(minutes=10))
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
-    return Context(device, rank, world)
 
-def open_data(args, arch, context):
+def open_data(args, arch):
     """The data set of a command; what depends on the size of its images is filled into args."""
     if args.image_size is None:
         small = ARCHS[arch].small if args.data == "folder" else args.data != "imagenet"
         args.image_size = 32 if small else 224
-    with context.first_alone():  # that downloads what is missing
-        data = load_data(args.data, args.data_dir, args.image_size, context.device, args.workers)
-    large, searched = args.image_size > 64, args.command == "search" and args.method == "tas"
+    with first_alone(args):  # that downloads what is missing
+        data = load_data(args.data, args.data_dir, args.image_size, args.device, args.workers)
+    large, halved = args.image_size > 64, args.command == "search" and args.method == "tas"
     args.epochs = args.epochs or (120 if large else 600 if args.command == "search" else 300)
     if args.weight_decay is None:
         args.weight_decay = 1e-4 if large else 5e-4
-    images = len(data.train.labels) // (2 if searched else 1)
-    if args.command != "eval" and images < args.batch_size:
-        raise TASError(f"--batch-size {args.batch_size} is larger than the {images} training "
-                       f"images{' of each half of the search' if searched else ''}")
+    images = len(data.train.labels) // (2 if halved else 1)
+    require(args.command == "eval" or args.batch_size <= images, f"--batch-size {args.batch_size} "
+            f"is larger than the {images} training images{' of a half of the search' * halved}")
     return data
 
 def base_directory(args):
@@ -1298,14 +1271,14 @@ def base_directory(args):
     name = Path(args.data_dir).resolve().name if args.data == "folder" else args.data
     return Path("runs") / f"{name}-{args.arch}"
 
-def open_run(args, data, context, out, **more):
+def open_run(args, data, step, **more):
     """The Run of a command in --out; its settings are what determines the result, nothing else."""
     names = ("command", "data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
              "precision")
     images = (f"{len(data.train.labels)} + {len(data.test.labels)} images, "
               f"{len(data.classes)} classes")
-    return Run(args.out or base_directory(args) / out, {
-        **{k: getattr(args, k) for k in names}, "images": images, **more}, args, context)
+    return Run(args.out or base_directory(args) / step, {
+        **{k: getattr(args, k) for k in names}, "images": images, **more}, args)
 
 def parse_target(text, full):
     """--flops: a fraction of the unpruned network's MACs such as 0.47, or MACs such as 59.5M."""
@@ -1315,9 +1288,9 @@ def parse_target(text, full):
     except ValueError:
         value = math.nan
     target = value * full if scale == 1 and value <= 1 else value
-    if not 0 < target <= full or 1 < value < 1000:
-        raise TASError(f"--flops {text}: give a fraction of the unpruned network (above 0, at most "
-                       f"1) or MACs up to its {full:,}, for example 0.5 or {full * 5e-7:.1f}M")
+    require(0 < target <= full and not 1 < value < 1000, f"--flops {text}: give a fraction of the "
+            f"unpruned network (above 0, at most 1) or MACs up to its {full:,}, for example 0.5 or "
+            f"{full * 5e-7:.1f}M")
     return round(target)
 
 def summary(shape):
@@ -1326,20 +1299,22 @@ def summary(shape):
     return f"{macs / 1e6:.2f}M MACs ({macs / full:.1%} of the unpruned), " \
            f"{count_params(shape) / 1e6:.3f}M parameters"
 
-def load(path):
-    """The network of a run directory of `train` with its weights, or a new one of a shape file, in
-    eval mode."""
-    return load_trained(path) if Path(path).is_dir() else ResNet(Shape.load(path)).eval()
-
-def load_trained(path):
-    """The network of a run directory of `train` with its weights, in eval mode."""
+def load(path, trained=False):
+    """The network, in eval mode, of a run directory of `train` with its weights or, unless it must
+    be `trained`, a new one of a shape file."""
     weights = Path(path) / "weights.pt"
-    if not weights.exists():
-        raise TASError(f"{path} has no weights.pt; give the directory of a finished `train`")
+    if not trained and not Path(path).is_dir():
+        return ResNet(Shape.load(path)).eval()
+    require(weights.exists(), f"{path} has no weights.pt; give the directory of a finished `train`")
     net = ResNet(Shape.load(path))
     with explain(f"{weights} does not fit the shape.json beside it"):
         net.load_state_dict(load_tensors(weights))
     return net.eval()
+
+def _agree(path, shape, other, whose, *names):
+    for name in names:
+        a, b = getattr(shape, name), getattr(other, name)
+        require(a == b, f"{path} has {name} {a}, {whose} {b}; choose another one")
 
 def load_teacher(path, shape):
     """The trained unpruned network that is to guide `shape`, and a checksum that names it."""
@@ -1351,64 +1326,57 @@ def load_teacher(path, shape):
         net = ResNet(Shape.unpruned(shape.arch, len(weights["fc.bias"]), shape.image_size))
         net.load_state_dict(weights)
     else:
-        net = load_trained(path)
-        if net.shape != net.shape.full:
-            raise TASError(f"--teacher {path} is a pruned network; give the unpruned one")
-    for name in ("arch", "num_classes"):
-        if getattr(net.shape, name) != getattr(shape, name):
-            raise TASError(f"--teacher {path} has {name} {getattr(net.shape, name)}, the network "
-                           f"to train {getattr(shape, name)}; train a teacher that agrees")
+        net = load(path, trained=True)
+        require(net.shape == net.shape.full,
+                f"--teacher {path} is a pruned network; give the unpruned one")
+    _agree(f"--teacher {path}", net.shape, shape, "the network to train", "arch", "num_classes")
     flat = nn.utils.parameters_to_vector(net.parameters()).detach()
     return net, zlib.crc32(flat.numpy().tobytes())
 
 def finish(run, shape, metrics, **result):
     """Write shape.json and the result of a run."""
-    if run.first:
+    if not run.args.rank:
         shape.save(run.path / "shape.json")
     run.update(result={**result, "macs": count_macs(shape), "params": count_params(shape),
                        "full_macs": count_macs(shape.full),
                        "seconds": round(sum(line["seconds"] for line in metrics), 1)})
-    if torch.distributed.is_initialized():
+    if run.args.world > 1:
         torch.distributed.barrier()  # the next step of `prune` reads these files
 
 def conclude(args, text, then):
     """Print what a command made and, unless more of `prune` follows, the next command."""
     place = f" --data {args.data} --data-dir {args.data_dir}".removesuffix(" --data-dir data")
     place += f" --image-size {args.image_size} " if args.data == "folder" else " "
-    print(text + ("" if args.follows else "\nnext: python tas.py " + then.replace(
-        " DATA ", place, 1)))
+    if not args.rank:
+        print(text + ("" if args.follows else "\nnext: python tas.py " + then.replace(
+            " DATA ", place, 1)))
 
 def command_train(args):
     """Train the unpruned network of --arch, or the pruned one of --shape."""
-    shape = Shape.load(args.shape) if args.shape else None
-    if shape is not None:
-        if args.arch not in (None, shape.arch):
-            raise TASError(f"{args.shape} is a shape of {shape.arch}, not of {args.arch}")
+    if args.shape:
+        shape = Shape.load(args.shape)
+        require(args.arch in (None, shape.arch),
+                f"{args.shape} is a shape of {shape.arch}, not of {args.arch}")
         args.arch, args.image_size = shape.arch, args.image_size or shape.image_size
-    if args.arch is None:
-        raise TASError("train needs --arch, such as resnet56, or --shape with a shape.json")
+    require(args.arch, "train needs --arch, such as resnet56, or --shape with a shape.json")
     args.transfer = args.transfer or ("kd" if args.teacher else "none")
-    if args.transfer != "none" and not args.teacher:
-        raise TASError(f"--transfer {args.transfer} needs --teacher DIR, a trained {args.arch}")
-    context = setup(args)
-    data = open_data(args, args.arch, context)
+    require(args.teacher or args.transfer == "none",
+            f"--transfer {args.transfer} needs --teacher DIR, a trained {args.arch}")
+    setup(args)
+    data = open_data(args, args.arch)
     full = Shape.unpruned(args.arch, len(data.classes), args.image_size)
-    shape = shape or full
-    for name in ("num_classes", "image_size"):
-        if getattr(shape, name) != getattr(full, name):
-            raise TASError(f"{args.shape} has {name} {getattr(shape, name)}, the data "
-                           f"{getattr(full, name)}; change the file if that is meant")
+    shape = shape if args.shape else full
+    _agree(args.shape, shape, full, "the data", "num_classes", "image_size")
     teacher, checksum = load_teacher(args.teacher, shape) if args.teacher else (None, None)
-    run = open_run(args, data, context, "teacher" if shape == full else "pruned",
+    run = open_run(args, data, "teacher" if shape == full else "pruned",
                    shape=dataclasses.asdict(shape), transfer=args.transfer, teacher=checksum)
     if run.result is None:
         torch.manual_seed(args.seed)
         net = ResNet(shape)
         if args.transfer == "init":
             inherit_weights(net, teacher)
-        metrics = train_network(run, args, context, data, net,
-                                teacher if args.transfer == "kd" else None)
-        if run.first:  # without the padded channels
+        metrics = train_network(run, data, net, teacher if args.transfer == "kd" else None)
+        if not args.rank:  # without the padded channels
             save_tensors(run.path / "weights.pt", inherit_weights(ResNet(shape), net).state_dict())
         source = Path(args.shape or "none")
         above, search = [read_json(d / "run.json") if (d / "run.json").exists() else {} for d in (
@@ -1416,43 +1384,41 @@ def command_train(args):
         finish(run, shape, metrics, accuracy=metrics[-1]["test_accuracy"], search=search.get(
             "settings"), teacher_accuracy=(above.get("result") or {}).get("accuracy"),
             classes=data.classes)
-    if run.first:
-        conclude(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
-                 f"{args.data}, {summary(shape)}", f"search DATA --arch {args.arch} --flops 0.5"
-                 if shape == full else f"export {run.path}")
+    conclude(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
+             f"{args.data}, {summary(shape)}", f"search DATA --arch {args.arch} --flops 0.5"
+             if shape == full else f"export {run.path}")
 
 def plan_search(args):
     """All that can go wrong before a search: its device, data, space, target in MACs, and a Shape
     in the band, which is that of the methods that do not search."""
-    context = setup(args)
-    data = open_data(args, args.arch, context)
+    setup(args)
+    data = open_data(args, args.arch)
     space = Space(args.arch, len(data.classes), args.image_size, args.search, args.round)
     target = parse_target(args.flops, count_macs(space.full))
     shape = scale_shape(space, target, args.tolerance, args.round) \
         if args.method == "uniform" else draw_shape(space, target, args.tolerance)
-    return context, data, space, target, shape
+    return data, space, target, shape
 
 def command_search(args):
     """Search the sizes of --arch that meet --flops; leaves shape.json."""
-    context, data, space, target, shape = plan_search(args)
+    data, space, target, shape = plan_search(args)
     if args.arch_lr is None:
         steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
         args.arch_lr = min(0.05, max(1e-3, 59 / max(1, steps)))
     names = ["search", "method", "num_samples", "sampler", "align", "round", "tolerance", "arch_lr"]
-    run = open_run(args, data, context, "search", arch=args.arch, target=target,
+    run = open_run(args, data, "search", arch=args.arch, target=target,
                    **{k: getattr(args, k) for k in names})
     if run.result is None:
         metrics = []
         if args.method == "tas":
             torch.manual_seed(args.seed)
-            shape, metrics = search_sizes(run, args, context, data, space, target)
+            shape, metrics = search_sizes(run, data, space, target)
         finish(run, shape, metrics, **{k: metrics[-1][k] for k in (
             "val_accuracy", "width_discrepancy", "depth_discrepancy") if metrics})
-    if run.first:
-        teacher = run.path.parent / "teacher"
-        conclude(args, f"{run.path / 'shape.json'}: {summary(Shape.load(run.path))}; target "
-                 f"{target / 1e6:.2f}M", f"train DATA --shape {run.path / 'shape.json'} --teacher "
-                 f"{teacher if teacher.exists() else 'DIR'}")
+    teacher = run.path.parent / "teacher"
+    conclude(args, f"{run.path / 'shape.json'}: {summary(Shape.load(run.path))}; target "
+             f"{target / 1e6:.2f}M", f"train DATA --shape {run.path / 'shape.json'} --teacher "
+             f"{teacher if teacher.exists() else 'DIR'}")
 
 def command_prune(args):
     """Train the teacher, search the sizes, distil the pruned network; finished parts are kept."""
@@ -1461,50 +1427,49 @@ def command_prune(args):
 
     def part(name, **changes):
         return argparse.Namespace(**{**vars(args), "out": base / name, "command": "train",
-                                     "shape": None, "follows": True, **changes})
+                                     "follows": True, **changes})
 
     searching = part("search", command="search")
-    _, _, space, *_ = plan_search(searching)  # before hours of training
+    _, space, *_ = plan_search(searching)  # before hours of training
     if args.teacher:
         load_teacher(args.teacher, space.full)
     elif teacher:
-        command_train(part("teacher", transfer="none", teacher=None))
+        command_train(part("teacher", transfer="none"))
     command_search(searching)
     command_train(part("pruned", shape=base / "search", teacher=teacher, transfer=transfer,
                        follows=False))
 
 def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
-    net, context, info = load_trained(args.dir), setup(args), Path(args.dir) / "run.json"
+    net, info = load(args.dir, trained=True), Path(args.dir) / "run.json"
+    setup(args)
     args.image_size = args.image_size or net.shape.image_size
-    data = open_data(args, net.shape.arch, context)
-    if len(data.classes) != net.shape.num_classes:
-        raise TASError(f"{args.dir} has {net.shape.num_classes} classes, the data "
-                       f"{len(data.classes)}; give the --data that it was trained on")
-    precision = read_json(info).get("precision") if args.precision == "auto" and info.exists() \
-        else args.precision  # as in the last epoch of the run
-    accuracy = evaluate(_channels_last(pad_channels(net), context.device), data.test, args, context,
-                        precision)
+    data = open_data(args, net.shape.arch)
+    require(len(data.classes) == net.shape.num_classes, f"{args.dir} has {net.shape.num_classes} "
+            f"classes, the data {len(data.classes)}; give the --data that it was trained on")
+    if args.precision == "auto" and info.exists():  # as in the last epoch of the run
+        args.precision = read_json(info).get("precision")
+    accuracy = evaluate(place(pad_channels(net), args), data.test, args)
     print(f"{args.dir}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images, "
           f"{summary(net.shape)}\nnext: python tas.py export {args.dir}")
 
 def command_export(args):
     """Write a trained network as a torch.export program (and ONNX) with a dynamic batch."""
-    net, out, programs = load_trained(args.dir), Path(args.dir), []
-    size = net.shape.image_size
+    net, out, sizes = load(args.dir, trained=True), Path(args.dir), []
+    size, batch = net.shape.image_size, torch.export.Dim("batch", min=1)
     for model in (ResNet(net.shape.full).eval(), net):
-        program = torch.export.export(model, (torch.zeros(2, 3, size, size),), dynamic_shapes=(
-            {0: torch.export.Dim("batch", min=1)},))
+        program = torch.export.export(model, (torch.zeros(2, 3, size, size),),
+                                      dynamic_shapes=({0: batch},))
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
-        programs.append(buffer.getvalue())
+        sizes.append(f"{len(buffer.getvalue()) / 1e6:.2f} MB")
     for n in (1, 3):
         x = torch.randn(n, 3, size, size)
         torch.testing.assert_close(program.module()(x), net(x))
-    write_file(out / "network.pt2", programs[1])
-    print(f"{out / 'network.pt2'}: {len(programs[1]) / 1e6:.2f} MB (unpruned "
-          f"{len(programs[0]) / 1e6:.2f} MB), {summary(net.shape)}; outputs equal eager ones\n"
-          f"next: torch.export.load('{out / 'network.pt2'}').module()(tas.normalize(images))")
+    write_file(out / "network.pt2", buffer.getvalue())
+    print(f"{out / 'network.pt2'}: {sizes[1]} (unpruned {sizes[0]}), {summary(net.shape)}; outputs "
+          f"equal eager ones\nnext: torch.export.load('{out / 'network.pt2'}').module()"
+          "(tas.normalize(images))")
     if args.onnx:
         with explain("--onnx: {}; pip install onnx onnxscript onnxruntime", ImportError):
             import onnx, onnxscript  # noqa: E401, F401
@@ -1513,172 +1478,148 @@ def command_export(args):
 
 def command_describe(args):
     """A network layer by layer: widths, MACs and their share, against the unpruned network."""
-    path = Path(args.network)
+    from torch.utils.flop_counter import FlopCounterMode
     if args.network in ARCHS:
         shape = Shape.unpruned(args.network, 10 if ARCHS[args.network].small else 1000)
-    elif path.exists():
-        shape = Shape.load(path)
     else:
-        raise TASError(f"{args.network} is neither an arch{nearest(args.network, ARCHS)} nor a "
-                       "shape file nor a run directory")
-    full, total, space, c, block = shape.full, count_macs(shape), Space.single(shape), shape.stem, 0
-    rows = [("stem", c, full.stem, space.stem_cost * c)]
-    for s, (blocks, widest) in enumerate(zip(shape.stages, full.stages)):
-        for b, of in enumerate(widest):
-            name, c_in, kept = f"stage{s + 1}.{b + 1}", c, b < len(blocks)
-            for i, width in enumerate(blocks[b] if kept else [0] * space.n):
-                cost = int(space.conv_cost[i, block]) * c * width if kept else 0
-                rows.append((f"{name}.conv{i + 1}", width, of[i], cost))
-                c = width or c
-            if kept and not (space.free[block] and c == c_in):
-                rows.append((f"{name}.shortcut", c, of[-1],
-                             int(space.project_cost[block]) * c_in * c))
-            block += kept
-    rows.append(("classifier", *[shape.num_classes] * 2, c * shape.num_classes))
-    print(f"{'layer':<20}{'width':>6}{'of':>6}{'MACs':>15}{'share':>8}")
-    for name, width, of, macs in rows:
-        print(f"{name:<20}{width:>6}{of:>6}{macs:>15,}{macs / total:>8.1%}  "
-              + ("#" * max(1, round(24 * width / of)) if width else "dropped"))
+        require(Path(args.network).exists(), f"{args.network} is neither an arch"
+                f"{nearest(args.network, ARCHS)} nor a shape file nor a run directory")
+        shape = Shape.load(args.network)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        nets = [ResNet(s).eval() for s in (shape, shape.full)]
+        nets[0](torch.empty(1, 3, shape.image_size, shape.image_size))
+    flops = counter.get_flop_counts()  # two for each multiply-accumulate
+    total, last = count_macs(shape), f"conv{len(ARCHS[shape.arch].kernels)}"
+    width, full = [{name: len(m.weight) for name, m in net.named_modules()
+                    if isinstance(m, (nn.Conv2d, nn.Linear))} for net in nets]
+    print(f"{'layer':<24}{'width':>6}{'of':>6}{'MACs':>15}{'share':>8}")
+    for name in sorted(width | full, key=lambda name: (
+            name == "fc", [part.zfill(9) for part in name.split(".")])):
+        if name in width or "conv" in name:
+            c, of = width.get(name, 0), full[name.replace("downsample.0", last)]
+            macs = sum(flops[f"ResNet.{name}"].values()) // 2 if c else 0
+            print(f"{name:<24}{c:>6}{of:>6}{macs:>15,}{macs / total:>8.1%}  "
+                  + ("#" * max(1, round(24 * c / of)) if c else "dropped"))
     print(f"{shape.arch}, {shape.num_classes} classes, {shape.image_size} pixels: {summary(shape)}"
           "\nnext: python tas.py "
-          + (f"train --data DATA --shape {args.network}" if shape != full else
+          + (f"train --data DATA --shape {args.network}" if shape != shape.full else
              f"prune --data DATA --arch {shape.arch} --flops 0.5"))
+
+def _bench_cases(args, space, shapes):
+    """name -> function of everything that is timed, in the precision of args."""
+    batch, size = args.batch_size, space.full.image_size
+    split = SmallImages(torch.randint(256, (batch, size, size, 3), dtype=torch.uint8),
+                        torch.randint(10, (batch,)), args.device)
+    order = torch.arange(batch)
+    x, y = next(split.batches(order, batch, True))
+
+    def step(steps):
+        for each in steps:
+            each(x, y)
+
+    @torch.no_grad()
+    def infer(net, n):
+        with autocast(args):
+            return net(x[:n])
+
+    net = place(pad_channels(ResNet(space.full)), args)
+    cases = {"training": functools.partial(step, train_steps(net, args, order)),
+             "batching and augmentation": lambda: next(split.batches(order, batch, True))}
+    for n in (2, space.K):
+        mixed = argparse.Namespace(**{**vars(args), "num_samples": n})
+        cases[f"search, {n} candidates mixed"] = functools.partial(step, search_steps(
+            place(SuperResNet(space), args), mixed, (order, order), count_macs(space.full) / 2))
+    for name, shape in shapes.items():
+        net = place(ResNet(shape).eval(), args)
+        cases |= {f"inference, {name}, batch {n}": functools.partial(infer, net, n)
+                  for n in (1, batch)}
+    return cases
 
 def command_bench(args):
     """Time training, search, batching and inference, alternating in one process; print ratios."""
-    context = setup(args)
-    space, times = Space(args.arch, 10, args.image_size), {}
+    args.weight_decay, args.arch_lr, args.arch = 5e-4, 1e-3, args.arch or "resnet20"
+    setup(args)
+    space = Space(args.arch, 10, args.image_size)
     shapes = {"unpruned": space.full} | {Path(s).stem: Shape.load(s) for s in args.shape}
-    if len(shapes) <= len(args.shape):
-        raise TASError("--shape: the files must have different names, not such as unpruned.json")
+    require(len(shapes) > len(args.shape), "--shape: the files must have different names, and none "
+            "be unpruned.json")
     precisions = ["fp32", "bf16"] if args.precision == "auto" else [args.precision]
-    memory = {}
-    if context.device.type == "cpu":
-        for name in ("training", "search, 2 candidates mixed"):
-            with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-                memory[name] = pool.apply(_peak_memory, (args, space, precisions[-1], name))
-        print(f"{precisions[-1]} peak memory of the search / of training: "
-              "{1:.0f} / {0:.0f} MB = {2:.2f}".format(
-                  *memory.values(), memory["search, 2 candidates mixed"] / memory["training"]))
     cases = {(name, precision): function for precision in precisions for name, function in
-             _bench_cases(args, context, space, shapes, precision).items()}
-    sync = torch.cuda.synchronize if context.device.type == "cuda" else lambda: None
-    for _ in range(args.rounds + 2):  # the first two warm up
-        for case, function in cases.items():
-            sync()
-            start = time.perf_counter()
-            function()
-            sync()
-            times.setdefault(case, []).append(1e3 * (time.perf_counter() - start))
-    rows, median = [], {case: statistics.median(values[2:]) for case, values in times.items()}
-    for (name, precision), ms in median.items():
+             _bench_cases(argparse.Namespace(**{**vars(args), "precision": precision}), space,
+                          shapes).items()}
+    times, rows = medians(cases, args.rounds, args.device, warmup=2), []
+    for (name, precision), ms in times.items():
         base = "inference, unpruned" + name[name.rfind(","):] if "inference" in name else "training"
         rows.append({"case": name, "precision": precision, "ms": round(ms, 2), "to": base,
-                     "ratio": round(ms / median[base, precision], 3)})
+                     "ratio": round(ms / times[base, precision], 3)})
         print(f"{precision} {name:<42}{ms:>10.2f} ms {rows[-1]['ratio']:>7.3f} x {base}")
     macs = {name: round(count_macs(s) / count_macs(space.full), 4) for name, s in shapes.items()}
     print("MACs: " + ", ".join(f"{name} {ratio:.1%}" for name, ratio in macs.items()))
     if args.json:
         write_file(args.json, json.dumps({
-            "command": args.line, "machine": machine(context.device), "torch": torch.__version__,
+            "command": args.line, "machine": machine(args.device), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "arch": args.arch, "batch_size": args.batch_size,
-            "rows": rows, "macs_ratio": macs, "peak_memory_mb": memory}, indent=1).encode())
+            "rows": rows, "macs_ratio": macs}, indent=1).encode())
     print(f"next: python tas.py prune --data cifar10 --arch {args.arch} --flops 0.5")
 
-def _bench_cases(args, context, space, shapes, precision):
-    """name -> function of everything that is timed in one precision."""
-    device, batch, size = context.device, args.batch_size, space.full.image_size
-    split = SmallImages(torch.randint(256, (batch, size, size, 3), dtype=torch.uint8),
-                        torch.randint(10, (batch,)), device)
-    order, meter = torch.arange(batch), Meter(context)
-    x, y = next(split.batches(order, batch, True))
-    net = _channels_last(pad_channels(ResNet(space.full)), device)
-    train_step = TrainStep(net, args, context, precision)
-    cases = {"training": lambda: train_step(x, y, meter),
-             "batching and augmentation": lambda: next(split.batches(order, batch, True))}
-    for n in (2, space.K):
-        step = SearchStep(_channels_last(SuperResNet(space), device), argparse.Namespace(
-            **{**vars(args), "num_samples": n}), context, precision, count_macs(space.full) / 2)
-        cases[f"search, {n} candidates mixed"] = functools.partial(step, (x, y), (x, y), meter,
-                                                                   meter)
-    for name, shape in shapes.items():
-        net = _channels_last(ResNet(shape).eval().requires_grad_(False), device)
-        for n in (1, batch):
-            def infer(net=net, x=x[:n]):
-                with torch.no_grad(), autocast(precision, device):
-                    return net(x)
-            cases[f"inference, {name}, batch {n}"] = infer
-    return cases
-
-def _peak_memory(args, space, precision, case):
-    """Growth in MB of the resident set of this new process, at its peak in three steps."""
-    def peak():
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-    step = _bench_cases(args, Context(torch.device("cpu")), space, {}, precision)[case]
-    before = peak()
-    for _ in range(3):
-        step()
-    return peak() - before
+def _mean(values, digits=2):
+    """Mean ± standard deviation of the values that there are."""
+    values = [v for v in values if v is not None]
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}" if values else "-"
 
 def _report_rows(runs):
-    """Trained networks grouped over seeds: the cells of the Markdown table."""
+    """Rows of the table: trained networks that differ in nothing but the seed, together."""
     groups = {}
     for info in runs:
         settings, search = info["settings"], info["result"].get("search") or {}
         if settings["command"] == "train":
             shape = Shape(**settings["shape"])
+            method = search.get("method") or ("unpruned" if shape == shape.full else "given shape")
+            if method == "tas":
+                method += "".join(f", {k} {search[k]}" for k, usual in (
+                    ("search", "both"), ("num_samples", 2), ("sampler", "gumbel"), ("align", "cwi"),
+                    ("round", 1)) if search[k] != usual)
             apart = ("seed", "teacher", "shape") if search else ("seed", "teacher")
-            key = [{k: v for k, v in d.items() if k not in apart} for d in (settings, search)]
-            kind = search.get("method") or ("unpruned" if shape == shape.full else "given shape")
-            kind += "".join(f", {k} {search[k]}" for k, usual in (
-                ("search", "both"), ("num_samples", 2), ("sampler", "gumbel"), ("align", "cwi"),
-                ("round", 1)) if kind == "tas" and search[k] != usual)
-            groups.setdefault((shape.arch, settings["data"], kind, settings["transfer"],
-                               json.dumps(key)), []).append(info)
-    for key in sorted(groups):
-        infos = sorted(groups[key], key=lambda info: info["settings"]["seed"])
-        arch, data, kind, transfer, _ = key
+            same = [{k: v for k, v in d.items() if k not in apart} for d in (settings, search)]
+            groups.setdefault((shape.arch, settings["data"], method, settings["transfer"],
+                               json.dumps(same)), []).append(info)
+    for (arch, data, method, transfer, _), infos in sorted(groups.items(), key=lambda g: g[0]):
+        infos.sort(key=lambda info: info["settings"]["seed"])
         results, settings = [info["result"] for info in infos], infos[0]["settings"]
         search = results[0].get("search") or {}
-        target = search.get("target")
-
-        def mean(name, scale=1, digits=2, results=results):
-            values = [r[name] / scale for r in results if r.get(name) is not None]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            return f"{statistics.mean(values):.{digits}f}{spread}" if values else "-"
-
-        drops = [r["teacher_accuracy"] - r["accuracy"]
-                 for r in results if r.get("teacher_accuracy")]
-        paper = PAPER.get(settings["images"], {}) if (kind, transfer) == ("tas", "kd") else {}
-        macs = statistics.mean(r["macs"] / r["full_macs"] for r in results)
-        yield [arch, data, kind, transfer, f"{target / 1e6:.2f}" if target else "-",
-               mean("macs", 1e6), f"{100 * (1 - macs):.1f}", mean("params", 1e6, 3),
-               mean("teacher_accuracy"), mean("accuracy"),
-               f"{statistics.mean(drops):.2f}" if drops else "-",
-               " ".join(str(info["settings"]["seed"]) for info in infos),
-               " + ".join(str(d["epochs"]) for d in (search, settings)
-                          if d is settings or kind.startswith("tas")),
-               mean("seconds", 60, 1), paper.get(arch, "-")]
+        teacher = [r.get("teacher_accuracy") for r in results]
+        paper = PAPER.get(settings["images"], {}) if (method, transfer) == ("tas", "kd") else {}
+        yield {
+            "arch": arch, "data": data, "size found by": method, "transfer": transfer,
+            "target M": f"{search['target'] / 1e6:.2f}" if search else "-",
+            "MACs M": _mean([r["macs"] / 1e6 for r in results]),
+            "removed %": _mean([100 - 100 * r["macs"] / r["full_macs"] for r in results], 1),
+            "params M": _mean([r["params"] / 1e6 for r in results], 3),
+            "teacher %": _mean(teacher), "accuracy %": _mean([r["accuracy"] for r in results]),
+            "drop": _mean([t and t - r["accuracy"] for t, r in zip(teacher, results)]),
+            "seeds": " ".join(str(info["settings"]["seed"]) for info in infos),
+            "epochs": " + ".join(str(d["epochs"]) for d in (search, settings)
+                                 if d is settings or method.startswith("tas")),
+            "training minutes": _mean([r["seconds"] / 60 for r in results], 1),
+            "paper (as transcribed)": paper.get(arch, "-")}
 
 def command_report(args):
     """One Markdown table and one figure over all runs below the given directories."""
-    places = ", ".join(args.dirs)
+    places, out = ", ".join(args.dirs), Path(args.out or args.dirs[0])
     paths = dict.fromkeys(p for d in args.dirs for p in sorted(Path(d).rglob("run.json")))
-    runs = [(p.parent, info) for p in paths if (info := read_json(p)).get("result")]
-    if not runs:
-        raise TASError(f"no finished run below {places}; train or search first")
-    head = ["arch", "data", "size found by", "transfer", "target M", "MACs M", "removed %",
-            "params M", "teacher %", "accuracy %", "drop", "seeds", "epochs", "training minutes",
-            "paper (as transcribed)"]
-    out = Path(args.out or args.dirs[0])
+    runs = {p.parent: info for p in paths if (info := read_json(p)).get("result")}
+    require(runs, f"no finished run below {places}; train or search first")
     with explain(f"a run below {places} is damaged ({{}}); remove that run"):
-        rows = [head, ["---"] * len(head), *_report_rows([info for _, info in runs])]
-        machines = sorted({info["machine"] for _, info in runs})
-        table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        rows = list(_report_rows(runs.values()))
+        head = list(rows[0]) if rows else ["no training yet"]
+        table = "".join(f"| {' | '.join(row)} |\n" for row in (
+            head, ["---"] * len(head), *[row.values() for row in rows]))
+        machines = "; ".join(sorted({info["machine"] for info in runs.values()}))
         write_file(out / "report.md", (
             f"{table}\nAccuracy is that of the last epoch on the test images, mean ± standard "
-            f"deviation over the seeds. Machine: {'; '.join(machines)}.\n").encode())
-        searches = [path for path, info in runs if info["settings"].get("method") == "tas"]
+            f"deviation over the seeds. Machine: {machines}.\n").encode())
+        searches = [path for path, info in runs.items() if info["settings"].get("method") == "tas"]
         if searches:
             _draw_report(searches[0], out / "report.png")
     print(f"{table}{out / 'report.md'}" + (f", {out / 'report.png'}" if searches else "")
@@ -1694,14 +1635,12 @@ def _draw_report(directory, path):
     *panels, axis = figure.subplot_mosaic("abcd;eeee").values()
     panels[0].axhspan(*(100 * settings["target"] * (1 + t) / total for t in (
         -settings["tolerance"], settings["tolerance"])), color="0.85", label="target band")
-    for panel, (scale, unit, curves) in zip(panels, (
-            (100 / total, "MACs (% of unpruned)", {"expected_macs": "expected",
-                                                   "argmax_macs": "most probable"}),
-            (1, "temperature tau", {"tau": "tau"}),
-            (1, "top minus second probability", {"width_discrepancy": "widths",
-                                                 "depth_discrepancy": "depths"}),
-            (1, "accuracy of sampled sizes (%)", {"val_accuracy": "architecture half",
-                                                  "train_accuracy": "weight half"}))):
+    for panel, scale, unit, curves in zip(panels, (100 / total, 1, 1, 1), (
+            "MACs (% of unpruned)", "temperature tau", "top minus second probability",
+            "accuracy of sampled sizes (%)"), (
+            {"expected_macs": "expected", "argmax_macs": "most probable"}, {"tau": "tau"},
+            {"width_discrepancy": "widths", "depth_discrepancy": "depths"},
+            {"val_accuracy": "architecture half", "train_accuracy": "weight half"})):
         for (key, label), colour, mark in zip(curves.items(), (blue, red), "os"):
             panel.plot([line["epoch"] for line in lines], [scale * line[key] for line in lines],
                        color=colour, marker=mark if len(lines) < 40 else "", label=label)
@@ -1743,97 +1682,90 @@ def number(kind, low, high):
         raise argparse.ArgumentTypeError(f"{text!r} is not a {kind.__name__} from {low} to {high}")
     return parse
 
-OPTIONS = {  # group -> (flag, argument type, default, help)
-    "network": [("--arch", tuple(ARCHS), None, " ".join(ARCHS))],
-    "shape": [("--shape", str, None, "shape.json of a pruned network, instead of --arch")],
-    "data": [
-        ("--data", ("cifar10", "cifar100", "imagenet", "folder", "synthetic"), None,
-         "needed: cifar10 cifar100 imagenet folder synthetic"),
-        ("--data-dir", str, "data", "where the data is, or goes (data)"),
-        ("--image-size", number(int, 8, 1024), None, "pixels (32 or 224); up to 64: in memory"),
-        ("--workers", number(int, 0, 256), min(8, os.cpu_count()),
-         "processes that read images (as many as processors, at most 8)")],
-    "schedule": [
-        ("--epochs", number(int, 1, 100_000), None,
-         "train 300, search 600, ImageNet 120 (paper)"),
-        ("--batch-size", number(int, 1, 1_000_000), 256, "over all processes (256, paper)"),
-        ("--lr", number(float, 1e-9, 1e9), 0.1, "of the weights, cosine to 0 (0.1, paper)"),
-        ("--weight-decay", number(float, 0, 1), None, "5e-4, ImageNet 1e-4 (paper)"),
-        ("--seed", number(int, 0, 2 ** 62), 0, "of everything random (0)")],
-    "target": [
-        ("--flops", str, "0.5", "MACs: fraction of the unpruned, or such as 59.5M (0.5, ours)"),
-        ("--tolerance", number(float, 0.001, 0.5), 0.05, "half-width of the band (0.05, paper)"),
-        ("--round", number(int, 1, 64), 1, "candidate widths in multiples of this (1, paper)"),
-        ("--arch-lr", number(float, 1e-9, 1e9), None, "Adam's rate for alpha and beta (ours: the "
-         "paper's 1e-3 x 59,000 / steps, at least 1e-3, at most 0.05)")],
-    "ablations": [
-        ("--search", ("both", "width", "depth"), "both", "both width depth (both, paper)"),
-        ("--method", ("tas", "random", "uniform"), "tas",
-         "tas; random: any sizes; uniform: one factor for all widths (tas, paper)"),
-        ("--num-samples", number(int, 1, 8), 2, "candidates mixed, 1 to 8 (2, paper)"),
-        ("--sampler", ("gumbel", "softmax"), "gumbel", "gumbel softmax (gumbel, paper)"),
-        ("--align", ("cwi", "pad"), "cwi",
-         "of unequal widths: cwi, or pad with zeros (cwi, paper)")],
-    "knowledge transfer": [
-        ("--teacher", str, None, "directory of the trained unpruned network, or torchvision"),
-        ("--transfer", ("none", "init", "kd"), None,
-         "none; init: copy its first channels; kd: distil (kd with a teacher)")],
-    "running/device": [
-        ("--device", str, "auto", "cpu, cuda, ... (auto: cuda where there is one)"),
-        ("--precision", ("auto", "fp32", "bf16"), "auto", "auto fp32 bf16 (the faster)"),
-        ("--compile", ("auto", "on", "off"), "auto", "auto on off (auto: on CUDA)")],
-    "running": [
-        ("--out", str, None, "run directory, for prune the one above (runs/DATA-ARCH/STEP)"),
-        ("--quiet", None, False, "print results only")],
-    "dir": [("dir", str, None, "directory of a finished train")],
-    "onnx": [("--onnx", None, False, "ONNX as well")],
-    "any network": [("network", str, None, "arch, shape file or run directory")],
-    "runs": [("dirs", "+", None, "directories with runs below them"),
-             ("--out", str, None, "where report.md and report.png go (the first directory)")],
-    "measuring": [
-        ("--batch-size", number(int, 1, 65536), 256, "(256)"),
-        ("--image-size", number(int, 8, 1024), None, "(32 or 224)"),
-        ("--rounds", number(int, 1, 1000), 7, "of measuring, after two of warm-up (7)"),
-        ("--shape", "*", [], "shapes whose inference is timed too"),
-        ("--json", str, None, "write the table to this file")]}
-_RUN = ["network", "data", "schedule", "running/device", "running"]
-COMMANDS = {  # command -> (function, groups of options, other settings)
-    "train": (command_train, [*_RUN, "shape", "knowledge transfer"], {}),
-    "search": (command_search, [*_RUN, "target", "ablations"], {}),
-    "prune": (command_prune, [*_RUN, "target", "ablations", "knowledge transfer"], {}),
-    "eval": (command_eval, ["dir", "data", "running/device"],
-             dict(batch_size=256, seed=0, epochs=1, weight_decay=0.0)),
-    "export": (command_export, ["dir", "onnx"], {}),
-    "describe": (command_describe, ["any network"], {}),
-    "bench": (command_bench, ["network", "measuring", "running/device"], dict(
-        lr=0.01, weight_decay=5e-4, arch_lr=1e-3, tolerance=0.05, num_samples=2, sampler="gumbel",
-        seed=0, arch="resnet20")),
-    "report": (command_report, ["runs"], {})}
+OPTIONS = {  # title -> flag (* and +: several values) -> (argument type, default, help)
+    "network": {
+        "dir": (str, None, "directory of a finished train"),
+        "dirs+": (str, None, "directories with runs below them"),
+        "network": (str, None, "arch, shape file or run directory"),
+        "--arch": (tuple(ARCHS), None, " ".join(ARCHS)),
+        "--shape": (str, None, "shape.json of a pruned network, instead of --arch"),
+        "--shape*": (str, [], "shapes whose inference is timed too")},
+    "data": {
+        "--data": (("cifar10", "cifar100", "imagenet", "folder", "synthetic"), None,
+                   "needed: cifar10 cifar100 imagenet folder synthetic"),
+        "--data-dir": (str, "data", "where the data is, or goes (data)"),
+        "--image-size": (number(int, 8, 1024), None, "pixels (32 or 224); up to 64: in memory"),
+        "--workers": (number(int, 0, 256), min(8, os.cpu_count()),
+                      "processes that read images (as many as processors, at most 8)")},
+    "schedule": {
+        "--epochs": (number(int, 1, 10 ** 5), None, "train 300, search 600, ImageNet 120 (paper)"),
+        "--batch-size": (number(int, 1, 10 ** 6), 256, "over all processes (256, paper)"),
+        "--lr": (number(float, 1e-9, 1e9), 0.1, "of the weights, cosine to 0 (0.1, paper)"),
+        "--weight-decay": (number(float, 0, 1), None, "5e-4, ImageNet 1e-4 (paper)"),
+        "--seed": (number(int, 0, 2 ** 62), 0, "of everything random (0)"),
+        "--rounds": (number(int, 1, 1000), 7, "of measuring, after two of warm-up (7)")},
+    "target": {
+        "--flops": (str, "0.5", "MACs: fraction of the unpruned, or such as 59.5M (0.5, ours)"),
+        "--tolerance": (number(float, 0.001, 0.5), 0.05, "half-width of the band (0.05, paper)"),
+        "--round": (number(int, 1, 64), 1, "candidate widths in multiples of this (1, paper)"),
+        "--arch-lr": (number(float, 1e-9, 1e9), None, "Adam's rate for alpha and beta (ours: the "
+                      "paper's 1e-3 x 59,000 / steps, at least 1e-3, at most 0.05)")},
+    "ablations": {
+        "--search": (("both", "width", "depth"), "both", "both width depth (both, paper)"),
+        "--method": (("tas", "random", "uniform"), "tas",
+                     "tas; random: any sizes; uniform: one factor for all widths (tas, paper)"),
+        "--num-samples": (number(int, 1, 8), 2, "candidates mixed, 1 to 8 (2, paper)"),
+        "--sampler": (("gumbel", "softmax"), "gumbel", "gumbel softmax (gumbel, paper)"),
+        "--align": (("cwi", "pad"), "cwi", "unequal widths: cwi, or pad with zeros (cwi, paper)")},
+    "knowledge transfer": {
+        "--teacher": (str, None, "directory of the trained unpruned network, or torchvision"),
+        "--transfer": (("none", "init", "kd"), None,
+                       "none; init: copy its first channels; kd: distil (kd with a teacher)")},
+    "running": {
+        "--device": (str, "auto", "cpu, cuda, ... (auto: cuda where there is one)"),
+        "--precision": (("auto", "fp32", "bf16"), "auto", "auto fp32 bf16 (the faster)"),
+        "--compile": (("auto", "on", "off"), "auto", "auto on off (auto: on CUDA)"),
+        "--out": (str, None, "run directory, for prune the one above (runs/DATA-ARCH/STEP)"),
+        "--json": (str, None, "write the table to this file"),
+        "--onnx": (None, False, "ONNX as well"),
+        "--quiet": (None, False, "print results only")}}
+_DATA, _DEVICE = "--data! --data-dir --image-size --workers", "--device --precision --compile"
+_RUN = f"{_DATA} --epochs --batch-size --lr --weight-decay --seed {_DEVICE} --out --quiet"
+_SEARCH = " ".join(["--arch!", *OPTIONS["target"], *OPTIONS["ablations"], _RUN])
+COMMANDS = {  # command -> its options; ! says that one must be given
+    command_train: f"--arch --shape --teacher --transfer {_RUN}", command_search: _SEARCH,
+    command_prune: f"{_SEARCH} --teacher --transfer", command_eval: f"dir {_DATA} {_DEVICE}",
+    command_export: "dir --onnx", command_describe: "network", command_report: "dirs+ --out",
+    command_bench: f"--arch --shape* --image-size --batch-size --rounds {_DEVICE} --json"}
 
 def build_parser():
     """The command line."""
     parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
                                      parser_class=Parser)
-    for name, (function, groups, others) in COMMANDS.items():
+    for function, flags in COMMANDS.items():
+        flags = flags.split()
         p = commands.add_parser(
-            name, help=function.__doc__, usage=" ".join([
-                "%(prog)s", *[flag.upper() for group in groups for flag, *_ in OPTIONS[group]
-                              if flag[0] != "-"], "[options]"]),
+            function.__name__.removeprefix("command_"), help=function.__doc__, usage=" ".join(
+                ["%(prog)s", *[flag.upper() for flag in flags if flag[0] != "-"], "[options]"]),
             description=f"{function.__doc__} Defaults are in parentheses, with their source.",
             formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28))
-        titles = dict.fromkeys(group.split("/")[0] for group in groups)
-        sections = {title: p.add_argument_group(title) for title in titles}
-        for group in groups:
-            for flag, kind, default, text in OPTIONS[group]:
+        p.set_defaults(function=function, follows=False)
+        for title, options in OPTIONS.items():
+            section = p.add_argument_group(title)
+            for flag, (kind, default, text) in options.items():
+                name = flag.rstrip("*+")
                 how = {"action": "store_true"} if kind is None else {
-                    "nargs" if kind in ("*", "+") else
                     "choices" if isinstance(kind, tuple) else "type": kind, "default": default,
-                    "metavar": flag.upper().split("-")[-1]}
-                if flag == "--data" or flag == "--arch" and name in ("search", "prune"):
+                    "metavar": name.upper().split("-")[-1]}
+                if flag != name:
+                    how["nargs"] = flag[-1]
+                if f"{flag}!" in flags:
                     how["required"] = True
-                sections[group.split("/")[0]].add_argument(flag, help=text, **how)
-        p.set_defaults(function=function, follows=False, **others)
+                if f"{flag}!" in flags or flag in flags:
+                    section.add_argument(name, help=text, **how)
+                else:  # of a command that does not ask
+                    p.set_defaults(**{name.strip("-").replace("-", "_"): default})
     return parser
 
 def main(argv=None):
