@@ -115,7 +115,7 @@ class Shape:
     num_classes: int
     image_size: int
     stem: int
-    stages: list
+    stages: list = dataclasses.field(hash=False)
 
     def __post_init__(self):
         stages = find_arch(self.arch).stages
@@ -123,9 +123,6 @@ class Shape:
                                   ("stem", stages[0][0][0], 1), ("stages", stages, 1)):
             _check(name, getattr(self, name), most, least)
         object.__setattr__(self, "stages", [[list(w) for w in blocks] for blocks in self.stages])
-
-    def __hash__(self):
-        return hash(str(self))
 
     @property
     def convs(self):
@@ -158,17 +155,15 @@ class Shape:
         write_file(path, json.dumps(dataclasses.asdict(self)).encode() + b"\n")
 
 def _candidate_widths(channels, round_to):
-    """C*k//10 for k = 3..10; with round_to, the nearest multiples of it, and C itself."""
-    widths = [channels * k // 10 for k in range(3, 11)]
-    if round_to > 1:
-        widths = [max(1, (w + round_to // 2) // round_to) * round_to for w in widths]
-    return (*sorted({w for w in widths if w < channels}), channels)
+    """The multiples of round_to that are nearest to C*k//10, k = 3..10, and C itself."""
+    widths = {max(1, (channels * k // 10 + round_to // 2) // round_to) * round_to
+              for k in range(3, 11)}
+    return (*sorted(w for w in widths if w < channels), channels)
 
 class Space:
-    """What may be pruned of an arch (paper: search space). widths[j]: candidate widths of conv j
-    (stem first, then block by block); depths[s]: candidate numbers of blocks of stage s; full: the
-    unpruned Shape. `search` "width" or "depth" keeps the other at its full size; round_to restricts
-    widths to its multiples and the full width."""
+    """What may be pruned of `full`, an unpruned Shape (paper: search space). widths[j]: candidate
+    widths of conv j, in order; depths[s]: candidate numbers of blocks of stage s. `search` "width"
+    or "depth" keeps the other full; round_to restricts widths to its multiples and the full one."""
 
     def __init__(self, arch, num_classes=10, image_size=None, search="both", round_to=1):
         full = Shape.unpruned(arch, num_classes, image_size)
@@ -177,13 +172,6 @@ class Space:
                    for c in full.convs],
             [(n,) if search == "width" else (*range(1, n, 1 if n <= 3 else 2), n)
              for n in map(len, full.stages)])
-
-    @classmethod
-    def single(cls, shape):
-        """The space whose only member is `shape`."""
-        space = cls.__new__(cls)
-        space._tabulate(shape, [[c] for c in shape.convs], [[len(s)] for s in shape.stages])
-        return space
 
     def _tabulate(self, full, widths, depths):
         """Tables of the cost function, float64: exact for whole numbers up to 2^53."""
@@ -239,10 +227,10 @@ def _block_macs(conv_cost, project_cost, c_in, widths, same):
     return macs
 
 def expected_macs(space, p, q):
-    """Expected MACs (multiply-accumulates, the paper's FLOPs) of a network whose sizes are
-    independent (paper: expected cost), a float64 0-d tensor. p [convs, K], q [stages, D]: width and
-    depth probabilities; entries past a row's candidates are ignored. One-hot p and q give exactly
-    the MACs of that network."""
+    """Expected MACs (multiply-accumulates, the paper's FLOPs) of a network with independent sizes
+    (paper: expected cost), float64, 0-d. p [convs, K], q [stages, D]: width, depth probabilities;
+    entries past a row's candidates are ignored. Of one-hot p and q: that network's MACs, exactly.
+    """
     space.to(p.device)
     p, q, values = p.double(), q.double(), space.values
     dist = torch.einsum("ck,ckv->cv", p, space.member)  # [convs, V] P(width of conv = v)
@@ -264,8 +252,9 @@ def argmax_macs(space, p, q):
 
 def count_macs(shape):
     """MACs of one image, an int: of convs and the classifier; nothing else is counted."""
-    ones = torch.ones(len(shape.convs), 1)
-    return int(expected_macs(Space.single(shape), ones, ones[:len(shape.stages)]))
+    space, ones = Space.__new__(Space), torch.ones(len(shape.convs), 1)  # of this Shape alone
+    space._tabulate(shape, [[c] for c in shape.convs], [[len(s)] for s in shape.stages])
+    return int(expected_macs(space, ones, ones[:len(shape.stages)]))
 
 def count_params(shape):
     """Number of trainable parameters of `ResNet(shape)`."""
@@ -341,10 +330,8 @@ class ResNet(nn.Module):
 def cwi_matrix(c_in, c_out, size=None, dtype=torch.float32):
     """Channel-wise interpolation (CWI) as a matrix [c_out, c_in]: row o averages the input
     channels floor(o c_in / c_out) ... ceil((o + 1) c_in / c_out) - 1, as adaptive pooling does.
-
     With `size` the widths are integer tensors [..., 1, 1] on a device, and the result is padded
-    with zeros to [..., size, size], so that its shape does not depend on them.
-    """
+    with zeros to [..., size, size], so that its shape does not depend on them."""
     device = c_in.device if isinstance(c_in, torch.Tensor) else None
     row = torch.arange(size or c_out, device=device)[:, None]  # [rows, 1]
     column = torch.arange(size or c_in, device=device)  # [columns]
@@ -389,20 +376,17 @@ class MixedConv(nn.Module):
     def __init__(self, c_in, widths, kernel, stride, align):
         super().__init__()
         c = max(widths)
-        self.conv, self.align = _conv(c_in, c, kernel, stride), align
+        self.conv, self.bn = _conv(c_in, c, kernel, stride), nn.BatchNorm2d(c, affine=False)
+        self.align = align
         self.gamma = nn.Parameter(torch.ones(len(widths), c))  # [K, C] one affine per candidate
         self.beta = nn.Parameter(torch.zeros(len(widths), c))
         self.register_buffer("widths", torch.tensor(widths), persistent=False)
-        self.register_buffer("running_mean", torch.zeros(c))
-        self.register_buffer("running_var", torch.ones(c))
 
     def forward(self, x, index, weight):
         """x [N, c_in, H, W]; index, weight [S] -> y [N, C, H', W'], zero past its width m; and m
         as a 0-d tensor."""
         width = self.widths.index_select(0, index)[:, None, None]  # [S, 1, 1]
-        m = width.max()
-        x = F.batch_norm(self.conv(x), self.running_mean, self.running_var,
-                         training=self.training)  # [N, C, H', W']
+        m, x = width.max(), self.bn(self.conv(x))  # [N, C, H', W']
         t = cwi_matrix(width, m if self.align == "cwi" else width, *self.gamma.shape[1:],
                        self.gamma.dtype) * weight.to(self.gamma)[:, None, None]  # [S, C, C]
         mix = (t * self.gamma.index_select(0, index)[:, None]).sum(0)  # [C, C]
@@ -454,20 +438,10 @@ class SuperResNet(nn.Module):
                 self.stages[s].append(MixedBlock(arch, c, widths, 2 if s and not b else 1, align))
                 c = max(widths[-1])
         self.fc = nn.Linear(c, space.full.num_classes)
-        self.alpha, self.beta = map(self._logits, (space.widths, space.depths))
-        self.register_buffer("tau", torch.ones(()), persistent=False)  # temperature of the search
+        self.alpha, self.beta = (nn.Parameter((0.01 * torch.randn(table.shape[:2])).masked_fill(
+            (table.sum(-1) == 0).cpu(), ABSENT)) for table in (space.member, space.reach))
+        self.register_buffer("tau", torch.tensor(10.0))  # temperature of the search
         _init_convs(self)
-
-    @staticmethod
-    def _logits(rows):
-        logits = torch.randn(len(rows), max(map(len, rows))) * 0.01
-        for row, candidates in zip(logits, rows):
-            row[len(candidates):] = ABSENT
-        return nn.Parameter(logits)
-
-    def weights(self):
-        """All parameters but alpha and beta."""
-        return [p for p in self.parameters() if p is not self.alpha and p is not self.beta]
 
     def probabilities(self):
         """p [convs, K] and q [stages, D]."""
@@ -484,17 +458,13 @@ class SuperResNet(nn.Module):
                 at += self.space.n
                 if b + 1 in depths:
                     outputs.append((x, width))
-            x = self._mix_depths(outputs, q_hat)
+            # Sum over depths d of q_hat_d * CWI(output of block d, M). A stage's later blocks have
+            # identity shortcuts, so its last output is the widest: M is its width.
+            mixes = [q * cwi_matrix(m, width if self.align == "cwi" else m, x.shape[1], q.dtype)
+                     for q, (_, m) in zip(q_hat.unbind(), outputs)]  # [C, C] each
+            x = functools.reduce(torch.add, (
+                F.conv2d(y, mix[:, :, None, None]) for mix, (y, _) in zip(mixes, outputs)))
         return self.fc(x.mean((2, 3)))  # [N, classes]
-
-    def _mix_depths(self, outputs, q_hat):
-        """Sum over candidate depths d of q_hat_d * CWI(output of block d, M). A stage's later
-        blocks have identity shortcuts, so the last output is the widest: M is its width."""
-        m, size = outputs[-1][1], outputs[-1][0].shape[1]
-        mixes = [weight * cwi_matrix(width, m if self.align == "cwi" else width, size, q_hat.dtype)
-                 for weight, (_, width) in zip(q_hat.unbind(), outputs)]  # [C, C] each
-        return functools.reduce(torch.add, (
-            F.conv2d(y, mix[:, :, None, None]) for mix, (y, _) in zip(mixes, outputs)))
 
 # ---- Search objective ---------------------------------------------------------------------------
 
@@ -545,7 +515,7 @@ def _log_rows(logits, candidates):
     """Log-probabilities as a list of rows without absent candidates, float64 on the CPU."""
     logits = logits.detach().double().cpu()
     require(len(logits) == len(candidates) and not logits.isnan().any(),
-            f"expected {len(candidates)} rows of logits without NaN")
+            f"expected {len(candidates)} rows of logits without NaN; after a search, lower --lr")
     return [row[:len(c)].clamp(-1e9, 1e9).log_softmax(0) for row, c in zip(logits, candidates)]
 
 def _layers(space, log_p):
@@ -567,10 +537,8 @@ def _layers(space, log_p):
 def _program(space, layers, log_q, cell, size, join, pick):
     """Dynamic program over the chain of layers. A state is (output width, MACs in cells); its
     value joins the scores of all ways to it. Returns the values [size] of whole networks, and a
-    function that goes back from a cell of them to its Shape.
-
-    join: torch.maximum, and pick argmax, for the best way; logaddexp and a draw for a random one.
-    """
+    function that goes back from a cell of them to its Shape. join: torch.maximum, and pick
+    argmax, for the best way; logaddexp and a draw for a random one."""
     layers = [((macs / cell).round().long(), scores) for macs, scores in layers]
     exits = {end: [(start + d, q) for d, q in zip(depths, row.tolist())] for start, end, depths, row
              in zip(space.starts, space.starts[1:], space.depths, log_q)}  # of each stage
@@ -610,9 +578,9 @@ def _program(space, layers, log_q, cell, size, join, pick):
     return state[0], back
 
 def _shape_in_band(space, log_p, log_q, target, tolerance, join, pick):
-    """The most probable Shape in the band, or a drawn one. MACs are counted in cells so small that
-    all roundings of a path stay below a quarter of the band's half-width; only cells whose paths
-    must lie in the band are looked at. Smaller cells serve spaces with few Shapes."""
+    """The most probable Shape in the band, or a drawn one. All roundings of a path to cells stay
+    below a quarter of the band's half-width, and only cells whose paths must lie in the band are
+    looked at. Smaller cells serve spaces with few Shapes."""
     layers, free = _layers(space, log_p), [row * 0 for row in log_q]
     (least, smallest), (most, largest) = [
         _program(space, [(macs, sign * macs) for macs, _ in layers], free, math.inf, 1,
@@ -639,10 +607,8 @@ def _shape_in_band(space, log_p, log_q, target, tolerance, join, pick):
 # ---- Knowledge transfer -------------------------------------------------------------------------
 
 def kd_loss(student_logits, teacher_logits, labels, weight=0.9, temperature=4.0):
-    """Knowledge distillation: (1 - weight) CE + weight T^2 KL(teacher || student at temperature T).
-
-    student_logits, teacher_logits [N, classes], labels [N] -> mean over the batch, 0-d.
-    """
+    """Knowledge distillation: (1 - weight) CE + weight T^2 KL(teacher || student at temperature T)
+    of logits [N, classes] and labels [N]; the mean over the batch, 0-d."""
     soft = F.kl_div(F.log_softmax(student_logits / temperature, 1),
                     F.log_softmax(teacher_logits / temperature, 1),
                     reduction="batchmean", log_target=True)
@@ -675,13 +641,12 @@ def normalize(images):
     return (images - mean) / std
 
 class SmallImages:
-    """A split of small images, in memory on the device: uint8 [N, H, W, 3], labels [N]. Random
-    crops of the zero-padded images and flips are one gather per batch."""
+    """A split of small images, in memory on the device: uint8 [N, H, W, 3], labels [N]. A batch,
+    its random crops (zero-padding) and flips are one gather."""
 
     def __init__(self, images, labels, device):
         self.size, self.labels = images.shape[1], labels.to(device)
-        black = torch.zeros(1, 3, dtype=torch.uint8)
-        self.pixels = torch.cat([images.reshape(-1, 3), black]).to(device)  # [N*H*W + 1, 3]
+        self.pixels = F.pad(images.reshape(-1, 3), (0, 0, 0, 1)).to(device)  # [N*H*W + 1, 3]
 
     def batches(self, order, batch_size, train, rank=0, world=1):
         """Normalised images [B, 3, H, W] and labels [B] in the given order of indices. `train`
@@ -695,14 +660,12 @@ class SmallImages:
             if train:
                 shift = torch.randint(-pad, pad + 1, (2, len(index), 1), device=device)
                 flip = torch.rand(len(index), 1, device=device) < 0.5
-                row = row + shift[0]
-                column = torch.where(flip, size - 1 - column, column) + shift[1]
+                row, column = row + shift[0], column.where(~flip, size - 1 - column) + shift[1]
             index, row, column = (t[rank::world] for t in (index, row, column))
             row, column = row[:, :, None], column[:, None]
+            inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
             pixel = (index[:, None, None] * size + row) * size + column  # [B, H, W]
-            if train:
-                inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
-                pixel = pixel.where(inside, len(self.pixels) - 1)
+            pixel = pixel.where(inside, len(self.pixels) - 1)  # black outside
             images = self.pixels.index_select(0, pixel.flatten()).view(*pixel.shape, 3)
             yield normalize(images.permute(0, 3, 1, 2)), self.labels[index]
 
@@ -771,8 +734,7 @@ def _cifar(name, root):
     kind = getattr(datasets, name.upper())
     with contextlib.redirect_stdout(io.StringIO()), explain(
             f"{name} is not in {root} and could not be downloaded ({{}}): put the folder "
-            f"{kind.base_folder} of {kind.filename} into {root}, or use --data synthetic, which "
-            "needs no files"):
+            f"{kind.base_folder} of {kind.filename} into {root}, or use --data synthetic"):
         splits = [kind(root, train, download=True) for train in (True, False)]
     return [(torch.from_numpy(s.data), torch.tensor(s.targets)) for s in splits], splits[0].classes
 
@@ -829,8 +791,7 @@ def split_halves(labels, seed):
 def write_file(path, content):
     """Write bytes under a temporary name, flush and rename: the old file or the new, never half."""
     path, temporary = Path(path), Path(f"{path}.tmp")
-    with explain(f"cannot write {path}: {{}}; free some space or choose another place with --out",
-                 OSError):
+    with explain(f"cannot write {path}: {{}}; free space or choose another --out", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -860,21 +821,11 @@ def save_tensors(path, state):
 
 def load_tensors(path):
     """A dict saved by torch.save, on the CPU; nothing in the file is executed."""
-    with explain(f"{path} is missing, damaged or not from this program; delete it, or choose "
-                 "another directory"):
+    with explain(f"{path} is missing, damaged or of another program; delete it or use another"):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not compare checksums
                 raise ValueError
         return {**torch.load(path, map_location="cpu", weights_only=True)}
-
-@contextlib.contextmanager
-def first_alone(args):
-    """The first process of torchrun does something before the others do it."""
-    if args.rank:
-        torch.distributed.barrier()
-    yield
-    if args.world > 1 and not args.rank:
-        torch.distributed.barrier()
 
 @torch.no_grad()
 def average(tensors, world):
@@ -886,26 +837,32 @@ def average(tensors, world):
             t.copy_(mean.view(t.shape))
 
 class Run:
-    """A run directory: run.json (settings, versions, command and, when finished, the result),
-    metrics.jsonl (a line an epoch) and last.ckpt (the state after the last finished epoch). One
-    that was made with other settings is refused."""
+    """The directory --out of a command: run.json (settings, versions, command and, when finished,
+    the result), metrics.jsonl (a line an epoch) and last.ckpt (the state after the last finished
+    epoch). The settings are what determines the result; one with other settings is refused."""
 
-    def __init__(self, path, settings, args):
-        self.path, self.settings, self.args = Path(path), settings, args
-        self.info = {"command": args.line, "settings": settings, "machine": machine(args.device),
-                     "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-        with first_alone(args):
-            if (self.path / "run.json").exists():
-                self.info = read_json(self.path / "run.json")
-                self._compare("run.json", self.info.get("settings"))
-                with explain(f"{self.path / 'run.json'} is damaged; choose another --out"):
-                    if self.result is not None:
-                        f"{self.result['macs']:d} {self.result.get('accuracy', 0.0):f}"
-            else:
-                empty = all(p.suffix == ".tmp" for p in self.path.glob("*"))
-                require(empty and not self.path.is_file(),
-                        f"{path} exists and is no run directory; choose another --out")
-                self.update()
+    def __init__(self, args, data, step, **settings):
+        self.path, self.args = Path(args.out or base_directory(args) / step), args
+        self.settings = {name: getattr(args, name) for name in (
+            "command", "data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
+            "precision")} | settings | {"images": f"{len(data.train.labels)} + "
+            f"{len(data.test.labels)} images, {len(data.classes)} classes"}
+        self.info = {
+            "command": args.line, "settings": self.settings, "machine": machine(args.device),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+        if (self.path / "run.json").exists():
+            self.info = read_json(self.path / "run.json")
+            self._compare("run.json", self.info.get("settings"))
+            with explain(f"{self.path / 'run.json'} is damaged; choose another --out"):
+                if (result := self.info.get("result")) is not None:
+                    f"{result['macs']:d} {result.get('accuracy', 0.0):f}"
+        elif not args.rank:
+            empty = all(p.suffix == ".tmp" for p in self.path.glob("*"))
+            require(empty and not self.path.is_file(),
+                    f"{self.path} exists and is no run directory; choose another --out")
+            self.update()
+        if args.world > 1:  # nobody writes a result before all have looked for one
+            torch.distributed.barrier()
 
     def _compare(self, name, old):
         require(isinstance(old, dict), f"{self.path / name} has no settings; choose another --out")
@@ -920,11 +877,6 @@ class Run:
         if not self.args.rank:
             write_file(self.path / "run.json", json.dumps(self.info, indent=1).encode() + b"\n")
 
-    @property
-    def result(self):
-        """What a finished run found, else None."""
-        return self.info.get("result")
-
     def resume(self, parts):
         """Restore `parts` and the random state; returns the metrics of the finished epochs."""
         path = self.path / "last.ckpt"
@@ -932,8 +884,7 @@ class Run:
             return []
         state = load_tensors(path)
         self._compare("last.ckpt", state.get("settings"))
-        with explain(f"{path} does not fit this network; delete it to start this step anew, or "
-                     "choose another --out"):
+        with explain(f"{path} does not fit this network; delete it to start anew, or change --out"):
             for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
             torch.set_rng_state(state["rng"])
@@ -1053,32 +1004,27 @@ def search_steps(net, args, halves, target):
 
     adam = torch.optim.Adam([net.alpha, net.beta], args.arch_lr, betas=(0.5, 0.999),
                             weight_decay=1e-3, fused=True)
-    return [Step(net, sgd(net.weights(), args), weight_objective, halves[0], args),
+    weights = [p for p in net.parameters() if p is not net.alpha and p is not net.beta]
+    return [Step(net, sgd(weights, args), weight_objective, halves[0], args),
             Step(net, adam, arch_objective, halves[1], args)]
 
-def cosine(step, total, warmup=0):
-    """Factor of the learning rate: linear warm-up, then a cosine to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-def run_epochs(run, data, net, steps, measure, warmup=0, begin=lambda epoch: None,
-               note=lambda line: ""):
+def run_epochs(run, data, net, steps, measure, warmup=0, note=lambda line: ""):
     """The loop of training and search: every Step takes a batch of its share in turn, until there
     is no whole batch left. After each epoch that is not done there is a line of metrics, with
     measure(epoch), and a checkpoint; returns all lines. One bar on a terminal, else a line an
     epoch."""
     from tqdm import tqdm
-    args, parts = run.args, {"net": net} | {f"step{i}": s.optimizer for i, s in enumerate(steps)}
+    args, parts = run.args, {"net": net}
+    parts |= zip(("optimizer", "arch_optimizer"), [step.optimizer for step in steps])
     metrics, show = run.resume(parts), not args.rank and not args.quiet
     size = min(len(step.share) for step in steps) // args.batch_size
+    warmup, total = warmup * size, args.epochs * size  # in steps
     sources = [copy.copy(data.train) for _ in steps]  # each with its own worker processes
-    bar = tqdm(total=args.epochs * size, initial=len(metrics) * size, desc=run.path.name,
+    bar = tqdm(total=total, initial=len(metrics) * size, desc=run.path.name,
                unit="step", dynamic_ncols=True, disable=None if show else True)
     for epoch in range(len(metrics), args.epochs):
         start = time.perf_counter()
         net.train()
-        begin(epoch)
         streams = [source.batches(step.share[torch.randperm(len(step.share))], args.batch_size,
                                   True, args.rank, args.world)
                    for source, step in zip(sources, steps)]
@@ -1088,8 +1034,9 @@ def run_epochs(run, data, net, steps, measure, warmup=0, begin=lambda epoch: Non
                      f"--lr {args.lr:g}; lower --lr (and choose another --out); the checkpoint of "
                      "the epoch before is kept", FloatingPointError):
             for i, *batches in zip(range(epoch * size, (epoch + 1) * size), *streams):
-                steps[0].optimizer.param_groups[0]["lr"] = args.lr * cosine(
-                    i, args.epochs * size, warmup * size)
+                steps[0].optimizer.param_groups[0]["lr"] = args.lr * (
+                    (i + 1) / warmup if i < warmup else
+                    0.5 * (1 + math.cos(math.pi * (i - warmup) / (total - warmup))))
                 for step, batch in zip(steps, batches):
                     step(*batch)
                 if not bar.disable and i % 50 == 0:  # reading waits for the device
@@ -1112,10 +1059,10 @@ def medians(functions, rounds, device, warmup=1):
     """name -> median time in ms of functions that take turns, after rounds of warm-up."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = {name: [] for name in functions}
-    for name in [*functions] * (warmup + rounds):
+    for name, function in [*functions.items()] * (warmup + rounds):
         wait()
         start = time.perf_counter()
-        functions[name]()
+        function()
         wait()
         times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values[warmup:]) for name, values in times.items()}
@@ -1123,12 +1070,11 @@ def medians(functions, rounds, device, warmup=1):
 def choose_precision(run, net, size, *extra):
     """Resolve --precision auto: bf16 on CUDA; elsewhere the faster one in training steps of this
     network. Kept in run.json, so that a resumed run goes on with it."""
-    args, reason = run.args, "as asked"
-    args.precision = run.info.get("precision") or args.precision
-    if args.precision == "auto" and args.device.type == "cuda":
+    args, choice = run.args, [run.info.get("precision") or run.args.precision, "as asked"]
+    if choice[0] == "auto" and args.device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision, reason = "bf16" if native else "fp32", "what the GPU computes natively"
-    elif args.precision == "auto":
+        choice = ["bf16" if native else "fp32", "what the GPU computes natively"]
+    elif choice[0] == "auto":
         net, batch = copy.deepcopy(net), max(4, min(args.batch_size, 64 * 32 ** 2 // size ** 2))
         x = torch.ones(batch, 3, size, size).to(args.device, memory_format=torch.channels_last)
 
@@ -1140,10 +1086,8 @@ def choose_precision(run, net, size, *extra):
 
         times = medians({name: functools.partial(step, name) for name in ("fp32", "bf16")}, 4,
                         args.device)
-        ratio = times["fp32"] / times["bf16"]
-        reason = f"a step in bf16 is {ratio:.2f} times as fast as in fp32"
-        args.precision = "bf16" if ratio > 1.2 else "fp32"  # a margin, so that noise decides less
-    choice = [args.precision, reason]
+        ratio = times["fp32"] / times["bf16"]  # with a margin, so that noise decides less
+        choice = ["bf16" if ratio > 1.2 else "fp32", f"bf16 is {ratio:.2f} times as fast as fp32"]
     if args.world > 1:
         torch.distributed.broadcast_object_list(choice)
     args.precision = choice[0]
@@ -1207,16 +1151,16 @@ def search_sizes(run, data, space, target):
 
     @torch.no_grad()
     def measure(epoch):
+        net.tau.fill_(tau(epoch + 1))  # for the next epoch
         p, q = net.probabilities()
         return {"tau": tau(epoch), "expected_macs": float(expected_macs(space, p, q)),
                 "argmax_macs": int(argmax_macs(space, p, q)),
                 "width_discrepancy": discrepancy(p, space.widths),
                 "depth_discrepancy": discrepancy(q, space.depths)}
 
-    metrics = run_epochs(
-        run, data, net, search_steps(net, args, split_halves(data.train.labels, args.seed), target),
-        measure, begin=lambda epoch: net.tau.fill_(tau(epoch)),
-        note=lambda line: f", MACs {line['argmax_macs'] / full:.1%} for {target / full:.1%}")
+    steps = search_steps(net, args, split_halves(data.train.labels, args.seed), target)
+    metrics = run_epochs(run, data, net, steps, measure, note=lambda line: (
+        f", MACs {line['argmax_macs'] / full:.1%} for {target / full:.1%}"))
     return extract(space, net.alpha, net.beta, target, args.tolerance), metrics
 
 # ---- Commands -----------------------------------------------------------------------------------
@@ -1246,17 +1190,22 @@ def setup(args):
         torch.zeros(1, device=device).double().item()
     args.device = device
     if args.world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(timeout=datetime.timedelta(minutes=10))
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(minutes=10))
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
 
 def open_data(args, arch):
-    """The data set of a command; what depends on the size of its images is filled into args."""
+    """The data set of a command, after setup; what depends on its images is filled into args."""
+    setup(args)
     if args.image_size is None:
         small = ARCHS[arch].small if args.data == "folder" else args.data != "imagenet"
         args.image_size = 32 if small else 224
-    with first_alone(args):  # that downloads what is missing
-        data = load_data(args.data, args.data_dir, args.image_size, args.device, args.workers)
+    if args.rank:  # the first process downloads what is missing
+        torch.distributed.barrier()
+    data = load_data(args.data, args.data_dir, args.image_size, args.device, args.workers)
+    if args.world > 1 and not args.rank:
+        torch.distributed.barrier()
     large, halved = args.image_size > 64, args.command == "search" and args.method == "tas"
     args.epochs = args.epochs or (120 if large else 600 if args.command == "search" else 300)
     if args.weight_decay is None:
@@ -1271,15 +1220,6 @@ def base_directory(args):
     name = Path(args.data_dir).resolve().name if args.data == "folder" else args.data
     return Path("runs") / f"{name}-{args.arch}"
 
-def open_run(args, data, step, **more):
-    """The Run of a command in --out; its settings are what determines the result, nothing else."""
-    names = ("command", "data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
-             "precision")
-    images = (f"{len(data.train.labels)} + {len(data.test.labels)} images, "
-              f"{len(data.classes)} classes")
-    return Run(args.out or base_directory(args) / step, {
-        **{k: getattr(args, k) for k in names}, "images": images, **more}, args)
-
 def parse_target(text, full):
     """--flops: a fraction of the unpruned network's MACs such as 0.47, or MACs such as 59.5M."""
     scale = {"K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:].upper(), 1)
@@ -1288,9 +1228,8 @@ def parse_target(text, full):
     except ValueError:
         value = math.nan
     target = value * full if scale == 1 and value <= 1 else value
-    require(0 < target <= full and not 1 < value < 1000, f"--flops {text}: give a fraction of the "
-            f"unpruned network (above 0, at most 1) or MACs up to its {full:,}, for example 0.5 or "
-            f"{full * 5e-7:.1f}M")
+    require(0 < target <= full and not 1 < value < 1000, f"--flops {text}: give a fraction such as "
+            f"0.5, or MACs up to the {full:,} of the unpruned network, such as {full * 5e-7:.1f}M")
     return round(target)
 
 def summary(shape):
@@ -1302,14 +1241,21 @@ def summary(shape):
 def load(path, trained=False):
     """The network, in eval mode, of a run directory of `train` with its weights or, unless it must
     be `trained`, a new one of a shape file."""
-    weights = Path(path) / "weights.pt"
-    if not trained and not Path(path).is_dir():
-        return ResNet(Shape.load(path)).eval()
-    require(weights.exists(), f"{path} has no weights.pt; give the directory of a finished `train`")
-    net = ResNet(Shape.load(path))
-    with explain(f"{weights} does not fit the shape.json beside it"):
-        net.load_state_dict(load_tensors(weights))
-    return net.eval()
+    weights, trained = Path(path) / "weights.pt", trained or Path(path).is_dir()
+    require(weights.exists() or not trained,
+            f"{path} has no weights.pt; give the directory of a finished `train`")
+    net = ResNet(Shape.load(path)).eval()
+    if trained:
+        with explain(f"{weights} does not fit the shape.json beside it"):
+            net.load_state_dict(load_tensors(weights))
+    return net
+
+def read_info(path):
+    """run.json of a run directory or of the one that a file is in, {} when there is none."""
+    if not os.path.exists(path or ""):
+        return {}
+    file = (Path(path) if os.path.isdir(path) else Path(path).parent) / "run.json"
+    return read_json(file) if file.exists() else {}
 
 def _agree(path, shape, other, whose, *names):
     for name in names:
@@ -1320,8 +1266,7 @@ def load_teacher(path, shape):
     """The trained unpruned network that is to guide `shape`, and a checksum that names it."""
     if path == "torchvision":
         from torchvision.models import get_model
-        with explain(f"--teacher torchvision: no weights of {shape.arch} to be had ({{}}); train a "
-                     "teacher instead"):
+        with explain(f"--teacher torchvision: no {shape.arch} to be had ({{}}); train a teacher"):
             weights = get_model(shape.arch, weights="DEFAULT").state_dict()
         net = ResNet(Shape.unpruned(shape.arch, len(weights["fc.bias"]), shape.image_size))
         net.load_state_dict(weights)
@@ -1362,15 +1307,14 @@ def command_train(args):
     args.transfer = args.transfer or ("kd" if args.teacher else "none")
     require(args.teacher or args.transfer == "none",
             f"--transfer {args.transfer} needs --teacher DIR, a trained {args.arch}")
-    setup(args)
     data = open_data(args, args.arch)
     full = Shape.unpruned(args.arch, len(data.classes), args.image_size)
     shape = shape if args.shape else full
     _agree(args.shape, shape, full, "the data", "num_classes", "image_size")
     teacher, checksum = load_teacher(args.teacher, shape) if args.teacher else (None, None)
-    run = open_run(args, data, "teacher" if shape == full else "pruned",
-                   shape=dataclasses.asdict(shape), transfer=args.transfer, teacher=checksum)
-    if run.result is None:
+    run = Run(args, data, "teacher" if shape == full else "pruned",
+              shape=dataclasses.asdict(shape), transfer=args.transfer, teacher=checksum)
+    if run.info.get("result") is None:
         torch.manual_seed(args.seed)
         net = ResNet(shape)
         if args.transfer == "init":
@@ -1378,20 +1322,16 @@ def command_train(args):
         metrics = train_network(run, data, net, teacher if args.transfer == "kd" else None)
         if not args.rank:  # without the padded channels
             save_tensors(run.path / "weights.pt", inherit_weights(ResNet(shape), net).state_dict())
-        source = Path(args.shape or "none")
-        above, search = [read_json(d / "run.json") if (d / "run.json").exists() else {} for d in (
-            Path(args.teacher or "none"), source if source.is_dir() else source.parent)]
-        finish(run, shape, metrics, accuracy=metrics[-1]["test_accuracy"], search=search.get(
-            "settings"), teacher_accuracy=(above.get("result") or {}).get("accuracy"),
-            classes=data.classes)
-    conclude(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
+        above = read_info(args.teacher).get("result") or {}
+        finish(run, shape, metrics, accuracy=metrics[-1]["test_accuracy"], classes=data.classes,
+               search=read_info(args.shape).get("settings"), teacher_accuracy=above.get("accuracy"))
+    conclude(args, f"{run.path}: {args.arch}, accuracy {run.info['result']['accuracy']:.2f}% on "
              f"{args.data}, {summary(shape)}", f"search DATA --arch {args.arch} --flops 0.5"
              if shape == full else f"export {run.path}")
 
 def plan_search(args):
     """All that can go wrong before a search: its device, data, space, target in MACs, and a Shape
     in the band, which is that of the methods that do not search."""
-    setup(args)
     data = open_data(args, args.arch)
     space = Space(args.arch, len(data.classes), args.image_size, args.search, args.round)
     target = parse_target(args.flops, count_macs(space.full))
@@ -1405,10 +1345,10 @@ def command_search(args):
     if args.arch_lr is None:
         steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
         args.arch_lr = min(0.05, max(1e-3, 59 / max(1, steps)))
-    names = ["search", "method", "num_samples", "sampler", "align", "round", "tolerance", "arch_lr"]
-    run = open_run(args, data, "search", arch=args.arch, target=target,
-                   **{k: getattr(args, k) for k in names})
-    if run.result is None:
+    run = Run(args, data, "search", target=target, **{name: getattr(args, name) for name in (
+        "arch", "search", "method", "num_samples", "sampler", "align", "round", "tolerance",
+        "arch_lr")})
+    if run.info.get("result") is None:
         metrics = []
         if args.method == "tas":
             torch.manual_seed(args.seed)
@@ -1441,17 +1381,17 @@ def command_prune(args):
 
 def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
-    net, info = load(args.dir, trained=True), Path(args.dir) / "run.json"
-    setup(args)
+    net = load(args.dir, trained=True)
     args.image_size = args.image_size or net.shape.image_size
     data = open_data(args, net.shape.arch)
     require(len(data.classes) == net.shape.num_classes, f"{args.dir} has {net.shape.num_classes} "
             f"classes, the data {len(data.classes)}; give the --data that it was trained on")
-    if args.precision == "auto" and info.exists():  # as in the last epoch of the run
-        args.precision = read_json(info).get("precision")
+    if args.precision == "auto":  # as in the last epoch of the run
+        args.precision = read_info(args.dir).get("precision")
     accuracy = evaluate(place(pad_channels(net), args), data.test, args)
-    print(f"{args.dir}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images, "
-          f"{summary(net.shape)}\nnext: python tas.py export {args.dir}")
+    if not args.rank:
+        print(f"{args.dir}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images, "
+              f"{summary(net.shape)}\nnext: python tas.py export {args.dir}")
 
 def command_export(args):
     """Write a trained network as a torch.export program (and ONNX) with a dynamic batch."""
@@ -1493,13 +1433,13 @@ def command_describe(args):
     width, full = [{name: len(m.weight) for name, m in net.named_modules()
                     if isinstance(m, (nn.Conv2d, nn.Linear))} for net in nets]
     print(f"{'layer':<24}{'width':>6}{'of':>6}{'MACs':>15}{'share':>8}")
-    for name in sorted(width | full, key=lambda name: (
-            name == "fc", [part.zfill(9) for part in name.split(".")])):
-        if name in width or "conv" in name:
-            c, of = width.get(name, 0), full[name.replace("downsample.0", last)]
-            macs = sum(flops[f"ResNet.{name}"].values()) // 2 if c else 0
-            print(f"{name:<24}{c:>6}{of:>6}{macs:>15,}{macs / total:>8.1%}  "
-                  + ("#" * max(1, round(24 * c / of)) if c else "dropped"))
+    width = {name: 0 for name in full if "conv" in name} | width  # dropped ones, too
+    for name in sorted(width, key=lambda name: (name == "fc", [
+            part.zfill(9) for part in name.split(".")])):
+        c, of = width[name], full[name.replace("downsample.0", last)]
+        macs = sum(flops[f"ResNet.{name}"].values()) // 2 if c else 0
+        print(f"{name:<24}{c:>6}{of:>6}{macs:>15,}{macs / total:>8.1%}  "
+              + ("#" * max(1, round(24 * c / of)) if c else "dropped"))
     print(f"{shape.arch}, {shape.num_classes} classes, {shape.image_size} pixels: {summary(shape)}"
           "\nnext: python tas.py "
           + (f"train --data DATA --shape {args.network}" if shape != shape.full else
@@ -1526,27 +1466,25 @@ def _bench_cases(args, space, shapes):
     cases = {"training": functools.partial(step, train_steps(net, args, order)),
              "batching and augmentation": lambda: next(split.batches(order, batch, True))}
     for n in (2, space.K):
-        mixed = argparse.Namespace(**{**vars(args), "num_samples": n})
+        mixed = argparse.Namespace(**vars(args) | {"num_samples": n})
         cases[f"search, {n} candidates mixed"] = functools.partial(step, search_steps(
             place(SuperResNet(space), args), mixed, (order, order), count_macs(space.full) / 2))
-    for name, shape in shapes.items():
-        net = place(ResNet(shape).eval(), args)
-        cases |= {f"inference, {name}, batch {n}": functools.partial(infer, net, n)
-                  for n in (1, batch)}
+    for (name, shape), n in itertools.product(shapes.items(), (1, batch)):
+        cases[f"inference, {name}, batch {n}"] = functools.partial(
+            infer, place(ResNet(shape).eval(), args), n)
     return cases
 
 def command_bench(args):
     """Time training, search, batching and inference, alternating in one process; print ratios."""
-    args.weight_decay, args.arch_lr, args.arch = 5e-4, 1e-3, args.arch or "resnet20"
+    args.lr, args.weight_decay, args.arch_lr, args.arch = 0.01, 5e-4, 1e-3, args.arch or "resnet20"
     setup(args)
-    space = Space(args.arch, 10, args.image_size)
+    space = Space(args.arch, 10, args.image_size).to(args.device)
     shapes = {"unpruned": space.full} | {Path(s).stem: Shape.load(s) for s in args.shape}
-    require(len(shapes) > len(args.shape), "--shape: the files must have different names, and none "
-            "be unpruned.json")
+    require(len(shapes) > len(args.shape), "--shape: give different names, none unpruned.json")
     precisions = ["fp32", "bf16"] if args.precision == "auto" else [args.precision]
-    cases = {(name, precision): function for precision in precisions for name, function in
-             _bench_cases(argparse.Namespace(**{**vars(args), "precision": precision}), space,
-                          shapes).items()}
+    cases = {(name, precision): function for precision in precisions
+             for name, function in _bench_cases(argparse.Namespace(
+                 **vars(args) | {"precision": precision}), space, shapes).items()}
     times, rows = medians(cases, args.rounds, args.device, warmup=2), []
     for (name, precision), ms in times.items():
         base = "inference, unpruned" + name[name.rfind(","):] if "inference" in name else "training"
@@ -1571,7 +1509,7 @@ def _mean(values, digits=2):
 def _report_rows(runs):
     """Rows of the table: trained networks that differ in nothing but the seed, together."""
     groups = {}
-    for info in runs:
+    for info in sorted(runs, key=lambda info: info["settings"]["seed"]):
         settings, search = info["settings"], info["result"].get("search") or {}
         if settings["command"] == "train":
             shape = Shape(**settings["shape"])
@@ -1584,8 +1522,7 @@ def _report_rows(runs):
             same = [{k: v for k, v in d.items() if k not in apart} for d in (settings, search)]
             groups.setdefault((shape.arch, settings["data"], method, settings["transfer"],
                                json.dumps(same)), []).append(info)
-    for (arch, data, method, transfer, _), infos in sorted(groups.items(), key=lambda g: g[0]):
-        infos.sort(key=lambda info: info["settings"]["seed"])
+    for (arch, data, method, transfer, _), infos in sorted(groups.items()):
         results, settings = [info["result"] for info in infos], infos[0]["settings"]
         search = results[0].get("search") or {}
         teacher = [r.get("teacher_accuracy") for r in results]
@@ -1607,8 +1544,8 @@ def _report_rows(runs):
 def command_report(args):
     """One Markdown table and one figure over all runs below the given directories."""
     places, out = ", ".join(args.dirs), Path(args.out or args.dirs[0])
-    paths = dict.fromkeys(p for d in args.dirs for p in sorted(Path(d).rglob("run.json")))
-    runs = {p.parent: info for p in paths if (info := read_json(p)).get("result")}
+    runs = {p.parent: info for d in args.dirs for p in sorted(Path(d).rglob("run.json"))
+            if (info := read_json(p)).get("result")}
     require(runs, f"no finished run below {places}; train or search first")
     with explain(f"a run below {places} is damaged ({{}}); remove that run"):
         rows = list(_report_rows(runs.values()))
@@ -1725,7 +1662,7 @@ OPTIONS = {  # title -> flag (* and +: several values) -> (argument type, defaul
         "--device": (str, "auto", "cpu, cuda, ... (auto: cuda where there is one)"),
         "--precision": (("auto", "fp32", "bf16"), "auto", "auto fp32 bf16 (the faster)"),
         "--compile": (("auto", "on", "off"), "auto", "auto on off (auto: on CUDA)"),
-        "--out": (str, None, "run directory, for prune the one above (runs/DATA-ARCH/STEP)"),
+        "--out": (str, None, "where results go, for prune a directory each (runs/DATA-ARCH/STEP)"),
         "--json": (str, None, "write the table to this file"),
         "--onnx": (None, False, "ONNX as well"),
         "--quiet": (None, False, "print results only")}}
@@ -1741,8 +1678,7 @@ COMMANDS = {  # command -> its options; ! says that one must be given
 def build_parser():
     """The command line."""
     parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
-                                     parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for function, flags in COMMANDS.items():
         flags = flags.split()
         p = commands.add_parser(

@@ -2243,6 +2243,15 @@ def test_two_processes_agree(root, tmp_path):
     assert tas.load(tmp_path / "runs" / "pruned").shape == shape
 
 
+def test_two_processes_that_draw_a_shape(root, tmp_path):
+    """Nothing is learned, so the first process is at the end of it at once."""
+    line = SEARCH + " --method random --out {tmp}/run"
+    status, _, err = two_processes(line, tmp_path, "lives", root=root)
+    assert status == 0, err
+    assert tas.read_json(tmp_path / "run" / "run.json")["result"]["macs"] == tas.count_macs(
+        tas.Shape.load(tmp_path / "run"))
+
+
 def test_a_dead_process_ends_the_run(root, tmp_path):
     status, out, _ = two_processes(TRAIN + " --out {tmp}/run", tmp_path, "dies", root=root)
     assert status != 0
@@ -2582,6 +2591,15 @@ def test_describe_accounts_for_all_macs(root, tmp_path, capsys, what):
     assert out.count("dropped") == dropped * len(blocks[0])
 
 
+def test_a_network_without_a_shape_knows_no_search(root, tmp_path, monkeypatch):
+    """Even when it is trained in a directory that has a run.json."""
+    monkeypatch.chdir(root / "runs" / "search")
+    assert run(TRAIN.replace("--epochs 2", "--epochs 1") + " --out {tmp}", root=root,
+               tmp=tmp_path / "run") == 0
+    result = tas.read_json(tmp_path / "run" / "run.json")["result"]
+    assert result["search"] is None and result["teacher_accuracy"] is None
+
+
 def test_load_of_a_shape_file(tmp_path):
     (tmp_path / "shape.json").write_text(json.dumps(good_fields()))
     net = tas.load(tmp_path / "shape.json")
@@ -2753,6 +2771,8 @@ def test_transfer(root, tmp_path, monkeypatch, transfer):
     assert teacher is None or equal(
         {k: v for k, v in teacher.state_dict().items() if "num_batches" not in k},
         {k: v for k, v in source.items() if "num_batches" not in k})
+    result = tas.read_json(tmp_path / "run" / "run.json")["result"]
+    assert result["search"]["method"] == "tas" and result["teacher_accuracy"] is not None
     shape = tas.Shape.load(root / "runs" / "search" / "shape.json")
     corners = [(name, tuple(slice(n) for n in tensor.shape))
                for name, tensor in tas.ResNet(shape).state_dict().items()
