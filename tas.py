@@ -14,6 +14,7 @@ Pruned size: extract. Knowledge distillation: kd_loss.
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -1193,6 +1194,9 @@ def setup(args):
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                              timeout=datetime.timedelta(minutes=10))
     torch.backends.cudnn.benchmark = True
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
+        for option, value in ((-3, 1 << 25), (-1, 2 ** 31 - 1)):  # glibc: mmap and trim thresholds,
+            ctypes.CDLL(None).mallopt(option, value)  # so that freed tensors' memory is kept
     torch.manual_seed(args.seed)
 
 def open_data(args, arch):
