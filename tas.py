@@ -205,9 +205,9 @@ class Space:
 
     def to(self, device):
         """Move the tables, once, so that the cost is computed where alpha and beta are."""
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor) and value.device != device:
-                setattr(self, name, value.to(device))
+        if self.values.device != device:
+            for name, value in vars(self).items():
+                setattr(self, name, value.to(device) if isinstance(value, torch.Tensor) else value)
         return self
 
     def shape(self, width_index, depth_index):
