@@ -479,7 +479,7 @@ def cost_loss(expected, actual, target, tolerance=0.05):
 
 def extract(space, alpha, beta, target, tolerance=0.05):
     """The pruned network's Shape: the argmax one if its MACs lie in target (1 -+ tolerance), else
-    the most probable one in that band; no Shape in target (1 -+ tolerance/2) is more probable.
+    one in that band such that no Shape in target (1 -+ tolerance/2) is more probable.
     alpha [convs, K], beta [stages, D]: logits, of which the convs of dropped blocks count with
     their most probable widths (so the argmax one is the most probable of all). TASError with the
     smallest and largest possible MACs when no Shape is in the band."""
@@ -1032,8 +1032,8 @@ def run_epochs(run, data, net, steps, measure, warmup=0, note=lambda line: ""):
         for step in steps:
             step.seen = []
         with explain(f"{run.path}: the loss is not finite in epoch {epoch + 1}, step {{}}, with "
-                     f"--lr {args.lr:g}; lower --lr (and choose another --out); the checkpoint of "
-                     "the epoch before is kept", FloatingPointError):
+                     f"--lr {args.lr:g}; lower --lr (and choose another --out); the last "
+                     "checkpoint, if there is one, is kept", FloatingPointError):
             for i, *batches in zip(range(epoch * size, (epoch + 1) * size), *streams):
                 steps[0].optimizer.param_groups[0]["lr"] = args.lr * (
                     (i + 1) / warmup if i < warmup else
@@ -1336,6 +1336,8 @@ def command_train(args):
 def plan_search(args):
     """All that can go wrong before a search: its device, data, space, target in MACs, and a Shape
     in the band, which is that of the methods that do not search."""
+    require(args.method != "uniform" or args.search == "both",
+            f"--method uniform keeps all depths; leave --search {args.search} out")
     data = open_data(args, args.arch)
     space = Space(args.arch, len(data.classes), args.image_size, args.search, args.round)
     target = parse_target(args.flops, count_macs(space.full))
@@ -1415,7 +1417,7 @@ def command_export(args):
           f"equal eager ones\nnext: torch.export.load('{out / 'network.pt2'}').module()"
           "(tas.normalize(images))")
     if args.onnx:
-        with explain("--onnx: {}; pip install onnx onnxscript onnxruntime", ImportError):
+        with explain("--onnx: {}; pip install onnx onnxscript", ImportError):
             import onnx, onnxscript  # noqa: E401, F401
         torch.onnx.export(program, dynamo=True, verbose=False).save(out / "network.onnx")
         print(f"{out / 'network.onnx'}: {(out / 'network.onnx').stat().st_size / 1e6:.2f} MB")
@@ -1595,10 +1597,11 @@ def _draw_report(directory, path):
     axis.bar(range(len(found)), shape.full.convs, color="0.85", width=0.9, label="unpruned")
     axis.bar(range(len(found)), found, color=blue, width=0.9, label="found")
     if dropped := [j for j, width in enumerate(found) if not width]:
-        axis.plot(dropped, [0] * len(dropped), "x", color=red, clip_on=False, label="dropped block")
+        axis.plot(dropped, [0] * len(dropped), "x", color=red, clip_on=False,
+                  label="conv of a dropped block")
     axis.set(xlabel="conv, in order (dotted: stages begin)", ylabel="channels",
              xlim=(-0.6, len(found) - 0.4))
-    axis.legend(frameon=False, loc="upper left")
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     for each in (*panels, axis):
         each.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(f"{shape.arch}: {settings['target'] / total:.0%} of the MACs asked, "
@@ -1620,7 +1623,7 @@ def number(kind, low, high):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {kind.__name__} from {low} to {high}")
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low} to {high}")
     return parse
 
 OPTIONS = {  # title -> flag (* and +: several values) -> (argument type, default, help)
@@ -1639,10 +1642,10 @@ OPTIONS = {  # title -> flag (* and +: several values) -> (argument type, defaul
         "--workers": (number(int, 0, 256), min(8, os.cpu_count()),
                       "processes that read images (as many as processors, at most 8)")},
     "schedule": {
-        "--epochs": (number(int, 1, 10 ** 5), None, "train 300, search 600, ImageNet 120 (paper)"),
+        "--epochs": (number(int, 1, 10 ** 5), None, "train 300, search 600, above 64 px 120 (paper)"),
         "--batch-size": (number(int, 1, 10 ** 6), 256, "over all processes (256, paper)"),
         "--lr": (number(float, 1e-9, 1e9), 0.1, "of the weights, cosine to 0 (0.1, paper)"),
-        "--weight-decay": (number(float, 0, 1), None, "5e-4, ImageNet 1e-4 (paper)"),
+        "--weight-decay": (number(float, 0, 1), None, "5e-4, above 64 px 1e-4 (paper)"),
         "--seed": (number(int, 0, 2 ** 62), 0, "of everything random (0)"),
         "--rounds": (number(int, 1, 1000), 7, "of measuring, after two of warm-up (7)")},
     "target": {
@@ -1666,7 +1669,7 @@ OPTIONS = {  # title -> flag (* and +: several values) -> (argument type, defaul
         "--device": (str, "auto", "cpu, cuda, ... (auto: cuda where there is one)"),
         "--precision": (("auto", "fp32", "bf16"), "auto", "auto fp32 bf16 (the faster)"),
         "--compile": (("auto", "on", "off"), "auto", "auto on off (auto: on CUDA)"),
-        "--out": (str, None, "where results go, for prune a directory each (runs/DATA-ARCH/STEP)"),
+        "--out": (str, None, "where results go (runs/DATA-ARCH/STEP; of report: the first DIR)"),
         "--json": (str, None, "write the table to this file"),
         "--onnx": (None, False, "ONNX as well"),
         "--quiet": (None, False, "print results only")}}
@@ -1675,7 +1678,8 @@ _RUN = f"{_DATA} --epochs --batch-size --lr --weight-decay --seed {_DEVICE} --ou
 _SEARCH = " ".join(["--arch!", *OPTIONS["target"], *OPTIONS["ablations"], _RUN])
 COMMANDS = {  # command -> its options; ! says that one must be given
     command_train: f"--arch --shape --teacher --transfer {_RUN}", command_search: _SEARCH,
-    command_prune: f"{_SEARCH} --teacher --transfer", command_eval: f"dir {_DATA} {_DEVICE}",
+    command_prune: f"{_SEARCH} --teacher --transfer",
+    command_eval: f"dir {_DATA} --device --precision",
     command_export: "dir --onnx", command_describe: "network", command_report: "dirs+ --out",
     command_bench: f"--arch --shape* --image-size --batch-size --rounds {_DEVICE} --json"}
 
@@ -1722,6 +1726,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("stopped; the same command goes on after the last finished epoch", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -1750,6 +1750,7 @@ def test_wrong_flags(root, capfd, line, words):
 @pytest.mark.parametrize("line, words", [
     ("--method random --search depth --flops 0.01", ["possible are"]),
     ("--method uniform --flops 0.0004", ["--flops"]),
+    ("--method uniform --search depth", ["--search depth"]),
     ("--method tas --search depth --flops 0.01", ["possible are"])])
 def test_target_out_of_reach(root, capfd, line, words):
     check_refused(capfd, root, f"search --arch resnet20 {ONE} {line}", *words)
@@ -2598,6 +2599,15 @@ def test_a_network_without_a_shape_knows_no_search(root, tmp_path, monkeypatch):
                tmp=tmp_path / "run") == 0
     result = tas.read_json(tmp_path / "run" / "run.json")["result"]
     assert result["search"] is None and result["teacher_accuracy"] is None
+
+
+def test_a_reader_that_has_seen_enough():
+    process = start("describe resnet164")
+    process.stdout.readline()
+    process.stdout.close()
+    process.stdout = None
+    status, _, err = finish(process)
+    assert (status, err) in ((141, ""), (0, ""))  # 0: all of it went into the pipe at once
 
 
 def test_load_of_a_shape_file(tmp_path):
