@@ -1642,7 +1642,8 @@ OPTIONS = {  # title -> flag (* and +: several values) -> (argument type, defaul
         "--workers": (number(int, 0, 256), min(8, os.cpu_count()),
                       "processes that read images (as many as processors, at most 8)")},
     "schedule": {
-        "--epochs": (number(int, 1, 10 ** 5), None, "train 300, search 600, above 64 px 120 (paper)"),
+        "--epochs": (number(int, 1, 10 ** 5), None,
+                     "train 300, search 600, above 64 pixels 120 (paper)"),
         "--batch-size": (number(int, 1, 10 ** 6), 256, "over all processes (256, paper)"),
         "--lr": (number(float, 1e-9, 1e9), 0.1, "of the weights, cosine to 0 (0.1, paper)"),
         "--weight-decay": (number(float, 0, 1), None, "5e-4, above 64 px 1e-4 (paper)"),
