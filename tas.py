@@ -388,7 +388,7 @@ class MixedConv(nn.Module):
         as a 0-d tensor."""
         width = self.widths.index_select(0, index)[:, None, None]  # [S, 1, 1]
         m, x = width.max(), self.bn(self.conv(x))  # [N, C, H', W']
-        t = cwi_matrix(width, m if self.align == "cwi" else width, *self.gamma.shape[1:],
+        t = cwi_matrix(width, m if self.align == "cwi" else width, self.gamma.shape[1],
                        self.gamma.dtype) * weight.to(self.gamma)[:, None, None]  # [S, C, C]
         mix = (t * self.gamma.index_select(0, index)[:, None]).sum(0)  # [C, C]
         bias = (t * self.beta.index_select(0, index)[:, None]).sum((0, 2))  # [C]
