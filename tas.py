@@ -6,16 +6,14 @@
     python tas.py prune  --data cifar10 --arch resnet56 --flops 0.47   # all three, resumable
     python tas.py eval DIR --data cifar10                              # accuracy of a network
 
-A step of the search costs about twice a training step of the unpruned network, on half as many
-steps an epoch. The pruned network meets the asked number of MACs within 5%, whatever was learned.
+An epoch of the search takes about as long as one of training the unpruned network. The pruned
+network meets the asked number of MACs within 5%, whatever was learned. The paper's parts, in order:
 
-Where the parts of the paper are, in this order:
-    search space                     Shape, Space
-    cost of a network, and expected  count_macs, expected_macs
-    transformable network            cwi_matrix, sample_sizes, SuperResNet
-    cost loss, and the pruned size   cost_loss, extract
-    knowledge distillation           kd_loss
-    training, and the search         train, search
+    search space, cost                     Shape, Space, count_macs, expected_macs
+    transformable network                  cwi_matrix, sample_sizes, SuperResNet
+    cost loss, pruned size                 cost_loss, extract
+    knowledge distillation                 kd_loss
+    training, search                       train, search
 """
 
 import argparse
@@ -45,62 +43,53 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # ---- Hyper-parameters ---------------------------------------------------------------------------
-# name = value  # meaning and unit (source; reason). The command line's defaults are these.
+# Meaning, unit (source; reason). The defaults of the command line and of functions are these.
 
-# What may be kept.
-WIDTH_TENTHS = range(3, 11)  # candidate widths, in tenths of a conv's channels (paper)
-DENSE_DEPTHS = 3             # a stage of up to 3 blocks may keep any number, else odd ones (paper)
-
-# The budget.
-FLOPS = "0.5"         # target, a fraction of the unpruned MACs (ours; the paper's differ by row)
-TOLERANCE = 0.05      # half-width of the band around the target, as a fraction of it (paper)
-COST_WEIGHT = 2.0     # of the cost loss, beside cross-entropy (paper)
-REFINEMENTS = (1, 8, 64, 512)  # ever smaller cells of `extract` (ours; one suffices nearly always)
-MOST_CELLS = 1_000_000         # of `extract`, beyond the coarsest (ours; bounds memory)
-
-# Sampling of sizes.
-NUM_SAMPLES = 2                 # candidates mixed per conv, |I| (paper)
+# The search space and the budget.
+WIDTH_TENTHS = range(3, 11)     # candidate widths, in tenths of a conv's channels (paper)
+DENSE_DEPTHS = 3                # stages of at most 3 blocks: any depth; else odd and full (paper)
+FLOPS = "0.5"                   # target, fraction of the unpruned MACs (ours; the paper's vary)
+TOLERANCE = 0.05                # half-width of the band, fraction of the target (paper)
+REFINEMENTS = 1, 8, 64, 512     # of the cells of `extract` (ours; the first nearly always serves)
+MOST_CELLS = 1_000_000          # of a refined `extract` (ours; bounds time and memory)
+# The search.
+COST_WEIGHT = 2.0               # of the cost loss beside cross-entropy (paper)
+NUM_SAMPLES = 2                 # candidates mixed per conv (paper)
 TAU_START, TAU_END = 10.0, 0.1  # Gumbel temperature, linear over the epochs (paper)
-ABSENT = -1e4                   # logit of a candidate that a row does not have: probability 0
-
+SEARCH_EPOCHS = 600             # (paper)
 # alpha and beta, the logits of widths and depths: Adam.
-ARCH_LR = 1e-3              # at the paper's number of steps (paper)
-ARCH_STEPS = 59_000         # that number, about; fewer steps get a higher rate in proportion (ours;
-MOST_ARCH_LR = 0.05         # else a short search hardly leaves its start), up to this
-ARCH_BETAS = (0.5, 0.999)   # (paper)
-ARCH_WEIGHT_DECAY = 1e-3    # (paper)
-ARCH_INIT = 0.01            # standard deviation of the initial logits (paper)
-
-# Weights: SGD with Nesterov momentum, of training and search alike.
-LR = 0.1                    # falls to 0 on a cosine, step by step (paper; the cosine's step: ours)
-MOMENTUM = 0.9              # (paper)
-WEIGHT_DECAY = 5e-4         # (paper)
-WEIGHT_DECAY_LARGE = 1e-4   # of large images (paper)
-BATCH_SIZE = 256            # images, over all processes (paper)
-TRAIN_EPOCHS = 300          # (paper)
-SEARCH_EPOCHS = 600         # (paper)
-LARGE_EPOCHS = 120          # of training and search on large images (paper)
-WARMUP_EPOCHS = 5           # linear rise of the rate, within the epochs of a training (paper),
-WARMUP_SHARE = 0.1          # but at most this share of them (ours; for short schedules)
-
-# Knowledge distillation.
-KD_WEIGHT = 0.9             # of the soft term; 1 - 0.9 of cross-entropy (the authors' code)
-KD_TEMPERATURE = 4.0        # (paper)
-
+ARCH_LR = 1e-3                  # (paper), in a search as long as the paper's,
+ARCH_STEPS = 59_000             # steps; in a shorter one higher in proportion, at most
+MOST_ARCH_LR = 0.05             # (ours; at 1e-3 a short search hardly leaves its start)
+ARCH_BETAS = 0.5, 0.999         # (paper)
+ARCH_WEIGHT_DECAY = 1e-3        # (paper)
+ARCH_INIT = 0.01                # standard deviation of the first logits (paper)
+ABSENT = -1e4                   # logit of a candidate that a row lacks: probability 0 (ours)
+# The weights, in search and training: SGD with Nesterov momentum.
+LR = 0.1                        # at its highest; a cosine to 0 (paper), step by step (ours)
+MOMENTUM = 0.9                  # (paper)
+WEIGHT_DECAY = 5e-4             # (paper)
+BATCH_SIZE = 256                # images, over all processes (paper)
+TRAIN_EPOCHS = 300              # (paper)
+WARMUP_EPOCHS = 5               # linear, among those of a training (paper),
+WARMUP_SHARE = 0.1              # of which they are at most this part (ours; for short ones)
+KD_WEIGHT = 0.9                 # of the soft term, 1 - 0.9 of cross-entropy (authors' code)
+KD_TEMPERATURE = 4.0            # (paper)
 # Images.
-CIFAR_SIZE, IMAGENET_SIZE = 32, 224        # pixels (paper)
-LARGEST_IN_MEMORY = 64                     # pixels; larger images are read on the fly (ours)
-CROP_PADDING = 4                           # zeros around a small image, then a crop (paper)
-COLOUR_JITTER = 0.4                        # brightness, contrast, saturation; large images (paper)
-RESIZE = 256, 224                          # a large test image is resized to size * 256 // 224
-MEAN = 0.485, 0.456, 0.406                 # torchvision's, for all data (ours; so that a network
-STD = 0.229, 0.224, 0.225                  # needs no constants of its own)
-SYNTHETIC_TRAIN, SYNTHETIC_TEST = 4096, 1024  # images that the program makes (ours)
-
+CIFAR_SIZE, IMAGENET_SIZE = 32, 224  # pixels (paper)
+CROP_PADDING = 4                # pixels, black; then a crop of the first size (paper)
+LARGEST_IN_MEMORY = 64          # pixels; images above are read on the fly and have, in place of ...
+LARGE_EPOCHS = 120              # ... 300 and 600 (paper)
+LARGE_WEIGHT_DECAY = 1e-4       # ... 5e-4 (paper)
+COLOUR_JITTER = 0.4             # of brightness, contrast, saturation (paper)
+RESIZE = 256 / 224              # of a test image before the centre crop (paper)
+MEAN = 0.485, 0.456, 0.406      # torchvision's, for all data (ours: a network needs no
+STD = 0.229, 0.224, 0.225       # constants of its own)
+SYNTHETIC_IMAGES = 4096, 1024   # of training and test (ours)
 # Running.
-CHANNEL_MULTIPLE = 8        # widths are padded to it while training (ours; faster)
-BAR_STEPS = 50              # between two looks at the loss, which wait for the device (ours)
-KEPT_MEMORY = 1 << 25       # bytes: the C library keeps freed blocks of this size and less (ours)
+CHANNEL_MULTIPLE = 8            # widths are padded to it in training (ours; faster)
+BAR_STEPS = 50                  # between looks at the loss, which wait for the device (ours)
+KEPT_MEMORY = 1 << 25           # bytes; freed blocks up to this size are kept (ours; faster)
 
 class TASError(ValueError):
     """A mistake that the user can mend: the message names the thing and the remedy."""
@@ -119,56 +108,52 @@ def errors_as(message, kind=Exception):
         raise
     except kind as error:
         reason = getattr(error, "strerror", None) or str(error)
-        reason = reason.strip().split("\n")[0][:120]
-        raise TASError(message.replace("{}", reason)) from None
+        raise TASError(message.replace("{}", reason.strip().split("\n")[0][:120])) from None
 
 # ---- Shapes and their cost ----------------------------------------------------------------------
 
 BASIC, BOTTLENECK = (3, 3), (1, 3, 1)  # kernel sizes of the convs of a block
-CIFAR_CHANNELS, IMAGENET_CHANNELS = (16, 32, 64), (64, 128, 256, 512)
+CIFAR, IMAGENET = (16, 32, 64), (64, 128, 256, 512)  # channels of the 3x3 convs of the stages
 
 class Arch(NamedTuple):
-    """An unpruned ResNet. The stride of a block is in its first 3x3 conv."""
+    """An unpruned ResNet."""
 
-    small: bool      # CIFAR: 3x3 stem, pooled shortcuts; else ImageNet: 7x7 stem, max pooling
-    kernels: tuple   # of the convs of a block
-    channels: tuple  # of the 3x3 convs, a number for each stage
-    depths: tuple    # blocks of each stage
-
-    @property
-    def stages(self):
-        """stages[s][b]: channels of the convs of block b; the last conv of a bottleneck has 4 C."""
-        stages = []
-        for c, depth in zip(self.channels, self.depths):
-            widths = [c, c] if self.kernels == BASIC else [c, c, 4 * c]
-            stages.append([widths] * depth)
-        return stages
+    kernels: tuple
+    channels: tuple
+    depths: tuple  # blocks of each stage
 
     @property
-    def strided_conv(self):
-        """Position in a block of the conv that has its stride."""
-        return self.kernels.index(3)
+    def small(self):
+        """CIFAR: 3x3 stem, pooled shortcuts; else ImageNet: 7x7 stem of stride 2, max pooling."""
+        return self.channels == CIFAR
 
     @property
     def stem_kernel(self):
         return 3 if self.small else 7
 
-ARCHS = {
-    "resnet20": Arch(True, BASIC, CIFAR_CHANNELS, (3, 3, 3)),
-    "resnet32": Arch(True, BASIC, CIFAR_CHANNELS, (5, 5, 5)),
-    "resnet44": Arch(True, BASIC, CIFAR_CHANNELS, (7, 7, 7)),
-    "resnet56": Arch(True, BASIC, CIFAR_CHANNELS, (9, 9, 9)),
-    "resnet110": Arch(True, BASIC, CIFAR_CHANNELS, (18, 18, 18)),
-    "resnet164": Arch(True, BOTTLENECK, CIFAR_CHANNELS, (18, 18, 18)),
-    "resnet18": Arch(False, BASIC, IMAGENET_CHANNELS, (2, 2, 2, 2)),
-    "resnet34": Arch(False, BASIC, IMAGENET_CHANNELS, (3, 4, 6, 3)),
-    "resnet50": Arch(False, BOTTLENECK, IMAGENET_CHANNELS, (3, 4, 6, 3)),
-    "resnet101": Arch(False, BOTTLENECK, IMAGENET_CHANNELS, (3, 4, 23, 3)),
-}
+    @property
+    def strided_conv(self):
+        """Position in a block of the conv with its stride, the first 3x3 one."""
+        return self.kernels.index(3)
 
-def block_stride(stage, block):
-    """Every stage but the first halves the feature map in its first block."""
-    return 2 if stage > 0 and block == 0 else 1
+    @property
+    def stages(self):
+        """stages[s][b]: channels of the convs of block b; a bottleneck's last conv has 4 C."""
+        blocks = [[c, c] if self.kernels == BASIC else [c, c, 4 * c] for c in self.channels]
+        return [[block] * depth for block, depth in zip(blocks, self.depths)]
+
+ARCHS = {
+    "resnet20": Arch(BASIC, CIFAR, (3, 3, 3)),
+    "resnet32": Arch(BASIC, CIFAR, (5, 5, 5)),
+    "resnet44": Arch(BASIC, CIFAR, (7, 7, 7)),
+    "resnet56": Arch(BASIC, CIFAR, (9, 9, 9)),
+    "resnet110": Arch(BASIC, CIFAR, (18, 18, 18)),
+    "resnet164": Arch(BOTTLENECK, CIFAR, (18, 18, 18)),
+    "resnet18": Arch(BASIC, IMAGENET, (2, 2, 2, 2)),
+    "resnet34": Arch(BASIC, IMAGENET, (3, 4, 6, 3)),
+    "resnet50": Arch(BOTTLENECK, IMAGENET, (3, 4, 6, 3)),
+    "resnet101": Arch(BOTTLENECK, IMAGENET, (3, 4, 23, 3)),
+}
 
 def find_arch(name):
     """The Arch of that name; TASError when there is none."""
@@ -176,12 +161,16 @@ def find_arch(name):
             f"unknown arch {str(name)[:40]!r}; known: {', '.join(ARCHS)}")
     return ARCHS[name]
 
+def block_stride(stage, block):
+    """Every stage but the first halves the feature map, in its first block."""
+    return 2 if stage > 0 and block == 0 else 1
+
 def check_whole(name, value, low, high):
     """TASError unless `value` is a whole number from low to high."""
     if type(value) is not int or not low <= value <= high:
         huge = type(value) is int and abs(value) > 10 ** 40  # too long to print
-        found = "a huge one" if huge else str(value)[:40]
-        raise TASError(f"{name} must be a whole number from {low} to {high}, not {found}")
+        raise TASError(f"{name} must be a whole number from {low} to {high}, not "
+                       + ("a huge one" if huge else str(value)[:40]))
 
 def check_list(name, value, low, high):
     """TASError unless `value` is a list of low to high items."""
@@ -195,7 +184,7 @@ class Shape:
 
     arch: str
     num_classes: int
-    image_size: int
+    image_size: int  # pixels
     stem: int
     stages: list = dataclasses.field(hash=False)
 
@@ -205,14 +194,14 @@ class Shape:
         check_whole("image_size", self.image_size, 8, 1024)
         check_whole("stem", self.stem, 1, unpruned[0][0][0])
         check_list("stages", self.stages, len(unpruned), len(unpruned))
-        for s, (blocks, full_blocks) in enumerate(zip(self.stages, unpruned)):
-            check_list(f"stages[{s}]", blocks, 1, len(full_blocks))
-            for b, (widths, full_widths) in enumerate(zip(blocks, full_blocks)):
-                check_list(f"stages[{s}][{b}]", widths, len(full_widths), len(full_widths))
-                for i, (width, full_width) in enumerate(zip(widths, full_widths)):
-                    check_whole(f"stages[{s}][{b}][{i}]", width, 1, full_width)
+        for s, (blocks, most) in enumerate(zip(self.stages, unpruned)):
+            check_list(f"stages[{s}]", blocks, 1, len(most))
+            for b, widths in enumerate(blocks):
+                check_list(f"stages[{s}][{b}]", widths, len(most[b]), len(most[b]))
+                for i, width in enumerate(widths):
+                    check_whole(f"stages[{s}][{b}][{i}]", width, 1, most[b][i])
         copied = [[list(widths) for widths in blocks] for blocks in self.stages]
-        object.__setattr__(self, "stages", copied)  # as the dataclass is frozen
+        object.__setattr__(self, "stages", copied)  # past the frozen dataclass
 
     @property
     def convs(self):
@@ -236,55 +225,67 @@ class Shape:
     def load(cls, path):
         """The Shape of a JSON file or run directory; TASError names what is wrong with it."""
         path = Path(path)
-        if path.is_dir():
-            path = path / "shape.json"
+        path = path / "shape.json" if path.is_dir() else path
         fields = read_json(path)
         try:
             return cls(**fields)
         except (TASError, TypeError) as error:  # a wrong value; a missing or unknown field
-            reason = str(error).replace("__init__() ", "")[:280]
-            raise TASError(f"{path}: {reason}") from None
+            raise TASError(f"{path}: {str(error).replace('__init__() ', '')[:280]}") from None
 
     def save(self, path):
         """Write the Shape as JSON, whole or not at all."""
         write_file(path, json.dumps(dataclasses.asdict(self)).encode() + b"\n")
 
-def feature_sizes(arch, image_size):
-    """Heights (= widths) of feature maps in pixels: of the stem's output and, sizes[s][b][i], of
-    the output of conv i of block b in the unpruned network."""
-    def half(size):
-        return (size + 1) // 2  # as padding does
+class Layer(NamedTuple):
+    """A conv, a projection or the classifier of an unpruned network. Its input and output channels
+    are rows of one list: channels of the convs in order, of the exits of the stages, and 1."""
 
-    stem = image_size if arch.small else half(image_size)
-    size = stem if arch.small else half(stem)  # max pooling
-    sizes = []
+    source: int  # row of its input channels
+    output: int  # row of its output channels
+    stage: int   # it is there when this stage ...
+    block: int   # ... keeps more blocks than this
+    macs: int    # per pair of an input and an output channel
+    free: bool   # a shortcut that is the identity where the channels agree
+
+def network_layers(arch, image_size, num_classes):
+    """All Layers in order: the stem, the convs and the projection of each block, the classifier."""
+    def half(size):
+        return (size + 1) // 2  # rounded up, as padding does
+
+    num_convs = 1 + len(arch.kernels) * sum(arch.depths)
+    one = num_convs + len(arch.depths)
+    size = image_size if arch.small else half(image_size)  # height = width of a feature map
+    layers = [Layer(one, 0, 0, 0, 3 * (arch.stem_kernel * size) ** 2, False)]
+    size = size if arch.small else half(size)  # max pooling
+    row, conv = 0, 1
     for s, depth in enumerate(arch.depths):
-        sizes.append([])
         for b in range(depth):
-            before = size
-            if block_stride(s, b) == 2:
-                size = half(size)
-            convs = len(arch.kernels)
-            strided = arch.strided_conv
-            sizes[s].append([before] * strided + [size] * (convs - strided))
-    return stem, sizes
+            block_row, stride = row, block_stride(s, b)
+            for i, kernel in enumerate(arch.kernels):
+                if stride == 2 and i == arch.strided_conv:
+                    size = half(size)
+                layers.append(Layer(row, conv, s, b, (kernel * size) ** 2, False))
+                row, conv = conv, conv + 1
+            layers.append(Layer(block_row, row, s, b, size ** 2, stride == 1))
+        row = num_convs + s  # the exit of the stage
+    return [*layers, Layer(row, one, s, 0, num_classes, False)]
 
 def count_macs(shape):
     """MACs of one image, an int: multiply-accumulates of the convs and of the classifier, which
     the paper prints as FLOPs. Nothing else is counted."""
     arch = ARCHS[shape.arch]
-    stem_size, sizes = feature_sizes(arch, shape.image_size)
-    macs = 3 * shape.stem * (arch.stem_kernel * stem_size) ** 2
-    c_in = shape.stem
-    for s, blocks in enumerate(shape.stages):
-        for b, widths in enumerate(blocks):
-            c_block = c_in
-            for kernel, size, c_out in zip(arch.kernels, sizes[s][b], widths):
-                macs += c_in * c_out * (kernel * size) ** 2
-                c_in = c_out
-            if block_stride(s, b) == 2 or c_block != c_in:  # a projection, else the identity
-                macs += c_block * c_in * sizes[s][b][-1] ** 2
-    return macs + c_in * shape.num_classes
+    channels = [shape.stem]
+    for blocks, depth in zip(shape.stages, arch.depths):
+        dropped = [[0] * len(arch.kernels)] * (depth - len(blocks))
+        channels += itertools.chain(*blocks, *dropped)
+    channels += [blocks[-1][-1] for blocks in shape.stages] + [1]
+    macs = 0
+    for layer in network_layers(arch, shape.image_size, shape.num_classes):
+        c_in, c_out = channels[layer.source], channels[layer.output]
+        kept = layer.block < len(shape.stages[layer.stage])
+        if kept and not (layer.free and c_in == c_out):
+            macs += layer.macs * c_in * c_out
+    return macs
 
 def count_params(shape):
     """Number of trainable parameters of `ResNet(shape)`."""
@@ -292,11 +293,10 @@ def count_params(shape):
         return sum(p.numel() for p in ResNet(shape).parameters())
 
 def candidate_widths(channels, round_to):
-    """The multiples of round_to nearest to each tenth of the channels, and all of them."""
+    """Each tenth of the channels, rounded to the nearest multiple of round_to, and all of them."""
     widths = {channels}
     for tenth in WIDTH_TENTHS:
-        width = channels * tenth // 10
-        nearest = (width + round_to // 2) // round_to * round_to
+        nearest = (channels * tenth // 10 + round_to // 2) // round_to * round_to
         widths.add(min(max(nearest, round_to), channels))
     return tuple(sorted(widths))
 
@@ -304,10 +304,6 @@ def candidate_depths(blocks):
     """All numbers of blocks of a short stage; odd numbers, and all blocks, of a long one."""
     step = 1 if blocks <= DENSE_DEPTHS else 2
     return (*range(1, blocks, step), blocks)
-
-def outer(c_in, c_out, side):
-    """MACs [K_in, K_out] of every pair of candidate widths; side: kernel size times image size."""
-    return torch.tensor(c_in).double()[:, None] * torch.tensor(c_out) * side ** 2
 
 class Space:
     """What may be pruned of `full`, an unpruned Shape (paper: search space). widths[j]: candidate
@@ -325,47 +321,38 @@ class Space:
         self.tabulate()
 
     def tabulate(self):
-        """The tables of the cost, float64 (exact for whole numbers up to 2^53).
-
-        Layer l, a conv, a projection or the classifier, costs cost[l, i, k] MACs when its input has
-        the i-th candidate width of row source[l], and its output the k-th of row output[l]. Rows
-        are the convs in order, the exits of the stages, and a constant (an image's channels, the
-        classes). The layer is there when the depth of stage[l] reaches its block."""
-        arch, full, n = ARCHS[self.full.arch], self.full, len(ARCHS[self.full.arch].kernels)
-        self.arch, self.block_convs = arch, n
+        """The tables of the cost, float64 (exact for whole numbers up to 2^53): layer l costs
+        cost[l, i, k] MACs when its input has the i-th candidate width of its row source[l], and its
+        output the k-th of row output[l]; kept[l, d] is 1 when depth d of stage[l] has the layer."""
+        self.arch = ARCHS[self.full.arch]
+        self.block_convs = len(self.arch.kernels)
         self.num_widths = max(map(len, self.widths))  # K
         self.num_depths = max(map(len, self.depths))  # D
-        stem_size, sizes = feature_sizes(arch, full.image_size)
-        constant = len(self.widths) + len(self.depths)
-        layers = [(constant, 0, 0, 0, outer([3], self.widths[0], arch.stem_kernel * stem_size))]
-        row, c_in, conv = 0, self.widths[0], 1  # what enters a block: its row and its candidates
-        self.last_conv = torch.zeros(len(self.depths), self.num_depths).long()  # of each depth
-        self.has_depth = torch.zeros(len(self.depths), self.num_depths).double()  # 1 where it is
+        first_block = [0, *itertools.accumulate(map(len, self.full.stages))]
+        # Per stage and depth: the conv that ends the stage, and whether there is such a depth.
+        self.last_conv = torch.zeros(len(self.depths), self.num_depths).long()
+        self.has_depth = torch.zeros(len(self.depths), self.num_depths).double()
         for s, depths in enumerate(self.depths):
             for d, depth in enumerate(depths):
-                self.last_conv[s, d] = conv - 1 + n * depth
+                self.last_conv[s, d] = (first_block[s] + depth) * self.block_convs
                 self.has_depth[s, d] = 1
-            for b in range(len(full.stages[s])):
-                block_row, block_c_in = row, c_in
-                for kernel, size in zip(arch.kernels, sizes[s][b]):
-                    table = outer(c_in, self.widths[conv], kernel * size)
-                    layers.append((row, conv, s, b, table))
-                    row, c_in, conv = conv, self.widths[conv], conv + 1
-                projection = outer(block_c_in, c_in, sizes[s][b][-1])
-                if block_stride(s, b) == 1:  # free where the widths agree
-                    agree = torch.tensor(block_c_in)[:, None] == torch.tensor(c_in)
-                    projection = projection.masked_fill(agree, 0)
-                layers.append((block_row, row, s, b, projection))
-            row = len(self.widths) + s  # the exit of the stage, all of whose blocks end in c_in
-        layers.append((row, constant, s, 0, outer(c_in, [full.num_classes], 1)))
-        source, output, stage, block, tables = zip(*layers)
-        self.source, self.output, self.stage = map(torch.tensor, (source, output, stage))  # [L]
+        exits = [self.widths[last] for last in self.last_conv[:, 0]]
+        rows = [torch.tensor(row).double() for row in (*self.widths, *exits, (1,))]
+        arch = self.arch._replace(depths=tuple(map(len, self.full.stages)))
+        layers = network_layers(arch, self.full.image_size, self.full.num_classes)
+        self.source = torch.tensor([layer.source for layer in layers])  # [L]
+        self.output = torch.tensor([layer.output for layer in layers])  # [L]
+        self.stage = torch.tensor([layer.stage for layer in layers])    # [L]
         self.cost = torch.zeros(len(layers), self.num_widths, self.num_widths).double()
         self.kept = torch.zeros(len(layers), self.num_depths).double()
-        for i, table in enumerate(tables):
-            self.cost[i, :table.shape[0], :table.shape[1]] = table  # [L, K, K]
-            for d, depth in enumerate(self.depths[stage[i]]):
-                self.kept[i, d] = depth > block[i]  # [L, D]
+        for i, layer in enumerate(layers):
+            c_in, c_out = rows[layer.source][:, None], rows[layer.output]
+            table = layer.macs * c_in * c_out
+            if layer.free:
+                table = table.masked_fill(c_in == c_out, 0)
+            self.cost[i, :len(c_in), :len(c_out)] = table  # [L, K, K]
+            for d, depth in enumerate(self.depths[layer.stage]):
+                self.kept[i, d] = layer.block < depth  # [L, D]
         self.constant = F.one_hot(torch.tensor([0]), self.num_widths).double()  # [1, K]
 
     def to(self, device):
@@ -378,13 +365,12 @@ class Space:
     def shape(self, width_index, depth_index):
         """The Shape of one candidate per conv and per stage; indices are sequences of int."""
         widths = [row[int(i)] for row, i in zip(self.widths, width_index)]
+        depths = [row[int(i)] for row, i in zip(self.depths, depth_index)]
         stages, conv = [], 1
-        for s, blocks in enumerate(self.full.stages):
-            every = []
-            for _ in blocks:
-                every.append(widths[conv:conv + self.block_convs])
-                conv += self.block_convs
-            stages.append(every[:self.depths[s][int(depth_index[s])]])
+        for blocks, depth in zip(self.full.stages, depths):
+            starts = range(conv, conv + depth * self.block_convs, self.block_convs)
+            stages.append([widths[start:start + self.block_convs] for start in starts])
+            conv += len(blocks) * self.block_convs
         return dataclasses.replace(self.full, stem=widths[0], stages=stages)
 
 def expected_macs(space, p, q):
@@ -392,13 +378,12 @@ def expected_macs(space, p, q):
     p [convs, K], q [stages, D]: width and depth probabilities; entries past a row's candidates are
     ignored. Of one-hot p and q: that network's MACs, exactly. Stays on the device."""
     space.to(p.device)
-    p = p.double()
-    q = q.double() * space.has_depth
+    p, q = p.double(), q.double() * space.has_depth
     exits = torch.einsum("sd,sdk->sk", q, p[space.last_conv])  # [stages, K] widths leaving a stage
     sizes = torch.cat([p, exits, space.constant])  # [rows, K]
     kept = (q[space.stage] * space.kept).sum(1)  # [L] P(the layer is there)
-    cost = torch.einsum("li,lik,lk->l", sizes[space.source], space.cost, sizes[space.output])
-    return kept @ cost
+    return kept @ torch.einsum("li,lik,lk->l", sizes[space.source], space.cost,
+                               sizes[space.output])
 
 def argmax_macs(space, p, q):
     """MACs of the most probable network, looked up; 0-d, on the device of p and q."""
@@ -426,11 +411,12 @@ def stem_layers(arch):
     """Stride of the stem's conv, and the pooling after it."""
     return (1, nn.Identity()) if arch.small else (2, nn.MaxPool2d(3, 2, 1))
 
-def shortcut_layers(arch, stride):
-    """Pooling before a projection, and the stride of its conv."""
+def block_layers(arch, stride):
+    """Strides of a block's convs; pooling before its projection, and the stride of that."""
+    strides = [stride if i == arch.strided_conv else 1 for i in range(len(arch.kernels))]
     if arch.small and stride == 2:
-        return nn.AvgPool2d(2, ceil_mode=True), 1
-    return nn.Identity(), stride
+        return strides, nn.AvgPool2d(2, ceil_mode=True), 1
+    return strides, nn.Identity(), stride
 
 class Block(nn.Module):
     """Residual block, basic or bottleneck, with torchvision's names. [N, c_in, H, W] ->
@@ -438,17 +424,17 @@ class Block(nn.Module):
 
     def __init__(self, arch, c_in, widths, stride):
         super().__init__()
-        self.num_convs = len(widths)
-        c = c_in
-        for i, (kernel, width) in enumerate(zip(arch.kernels, widths)):
-            conv_stride = stride if i == arch.strided_conv else 1
-            self.add_module(f"conv{i + 1}", conv2d(c, width, kernel, conv_stride))
+        strides, pool, projection_stride = block_layers(arch, stride)
+        self.num_convs, c = len(widths), c_in
+        for i, width in enumerate(widths):
+            self.add_module(f"conv{i + 1}", conv2d(c, width, arch.kernels[i], strides[i]))
             self.add_module(f"bn{i + 1}", nn.BatchNorm2d(width))
             c = width
         self.pool, self.downsample = nn.Identity(), nn.Identity()
         if stride == 2 or c_in != c:
-            self.pool, conv_stride = shortcut_layers(arch, stride)
-            self.downsample = nn.Sequential(conv2d(c_in, c, 1, conv_stride), nn.BatchNorm2d(c))
+            self.pool = pool
+            self.downsample = nn.Sequential(conv2d(c_in, c, 1, projection_stride),
+                                            nn.BatchNorm2d(c))
 
     def forward(self, x):
         y = x
@@ -465,12 +451,10 @@ class ResNet(nn.Module):
 
     def __init__(self, shape):
         super().__init__()
-        self.shape = shape
-        arch = ARCHS[shape.arch]
+        self.shape, arch, c = shape, ARCHS[shape.arch], shape.stem
         stride, self.maxpool = stem_layers(arch)
-        self.conv1 = conv2d(3, shape.stem, arch.stem_kernel, stride)
-        self.bn1 = nn.BatchNorm2d(shape.stem)
-        c = shape.stem
+        self.conv1 = conv2d(3, c, arch.stem_kernel, stride)
+        self.bn1 = nn.BatchNorm2d(c)
         for s, blocks in enumerate(shape.stages):
             layer = nn.Sequential()
             for b, widths in enumerate(blocks):
@@ -497,7 +481,7 @@ def cwi_matrix(c_in, c_out, size=None, dtype=torch.float32):
     row = torch.arange(size or c_out, device=device)[:, None]  # [rows, 1]
     column = torch.arange(size or c_in, device=device)  # [columns]
     first = row * c_in // c_out
-    end = ((row + 1) * c_in + c_out - 1) // c_out  # rounded up
+    end = ((row + 1) * c_in + c_out - 1) // c_out  # a quotient rounded up
     inside = (column >= first) & (column < end) & (row < c_out)  # [..., rows, columns]
     return inside.to(dtype) / (end - first)
 
@@ -522,9 +506,7 @@ def sample_sizes(alpha, beta, tau, num_samples=NUM_SAMPLES, gumbel=True):
     def perturb(logits):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         log_p = logits.log_softmax(-1, dtype=dtype)
-        if gumbel:
-            log_p = log_p + gumbel_noise(log_p)
-        return log_p / tau
+        return (log_p + gumbel_noise(log_p) if gumbel else log_p) / tau
 
     z = perturb(alpha)  # [convs, K]
     # The largest of z + a second noise are a draw with probabilities softmax(z), without repeats.
@@ -534,8 +516,8 @@ def sample_sizes(alpha, beta, tau, num_samples=NUM_SAMPLES, gumbel=True):
 
 class ChannelMix(nn.Module):
     """What follows the searched convs of C channels, G of them: the weighted sum, over the sampled
-    widths c_i, of CWI(affine_i(first c_i channels), largest c_i). Both are linear, so the sum is one
-    C x C matrix and a bias for each conv, in fixed shapes, which depend on the sample alone."""
+    widths c_i, of CWI(affine_i(first c_i channels), largest c_i). All of it is linear: for each conv
+    a C x C matrix and a bias, in fixed shapes, which depend on the sample alone."""
 
     def __init__(self, channels, widths, rows, align):
         super().__init__()
@@ -547,14 +529,16 @@ class ChannelMix(nn.Module):
 
     def forward(self, sample):
         """Matrices [G, C, C], biases [G, C] and largest sampled widths [G]."""
-        index, weight = sample.index[self.rows], sample.weight[self.rows][..., None]  # [G, S]
+        channels = self.scale.shape[2]
+        index, weight = sample.index[self.rows], sample.weight[self.rows]  # [G, S]
         width = self.widths.gather(1, index)[..., None, None]  # [G, S, 1, 1]
         largest = width.amax(1, keepdim=True)  # [G, 1, 1, 1]
-        channels = self.scale.shape[2]
         target = largest if self.align == "cwi" else width
         cwi = cwi_matrix(width, target, channels, self.scale.dtype)  # [G, S, C, C]
         chosen = index[..., None].expand(-1, -1, channels)  # [G, S, C]
-        scale, shift = (weight.to(t) * t.gather(1, chosen) for t in (self.scale, self.shift))
+        weight = weight[..., None].to(self.scale)
+        scale = weight * self.scale.gather(1, chosen)  # [G, S, C]
+        shift = weight * self.shift.gather(1, chosen)
         matrix = (cwi * scale[:, :, None]).sum(1)  # [G, C, C]
         bias = (cwi * shift[:, :, None]).sum((1, 3))  # [G, C]
         return matrix, bias, largest.flatten()
@@ -576,18 +560,17 @@ class MixedConv(nn.Module):
 
 class MixedBlock(nn.Module):
     """A residual block of searched convs, the first of which has this row of alpha. The projection
-    shares the sample of the last conv; zeros past the widths make unequal ones add up."""
+    shares the sample of the last conv. Zeros past the widths make unequal ones add up."""
 
     def __init__(self, arch, c_in, widths, stride, row):
         super().__init__()
+        strides, self.pool, projection_stride = block_layers(arch, stride)
         self.convs, self.projection, c = nn.ModuleList(), None, c_in
-        for i, (kernel, width) in enumerate(zip(arch.kernels, widths)):
-            conv_stride = stride if i == arch.strided_conv else 1
-            self.convs.append(MixedConv(c, width, kernel, conv_stride, row + i))
+        for i, width in enumerate(widths):
+            self.convs.append(MixedConv(c, width, arch.kernels[i], strides[i], row + i))
             c = width
-        self.pool, conv_stride = shortcut_layers(arch, stride)
         if stride == 2 or c_in != c:
-            self.projection = MixedConv(c_in, c, 1, conv_stride, self.convs[-1].row)
+            self.projection = MixedConv(c_in, c, 1, projection_stride, self.convs[-1].row)
 
     def forward(self, x, mixes):
         y = self.convs[0](x, mixes)
@@ -605,28 +588,31 @@ class SuperResNet(nn.Module):
 
     def __init__(self, space, align="cwi"):
         super().__init__()
-        self.space, self.align, arch = space, align, space.arch
-        stride, self.maxpool = stem_layers(arch)
-        self.stem = MixedConv(3, space.full.stem, arch.stem_kernel, stride, 0)
-        self.stages, c, row = nn.ModuleList(), space.full.stem, 1
+        self.space, self.align, c = space, align, space.full.stem
+        stride, self.maxpool = stem_layers(space.arch)
+        self.stem = MixedConv(3, c, space.arch.stem_kernel, stride, 0)
+        self.stages, row = nn.ModuleList(), 1
         for s, blocks in enumerate(space.full.stages):
-            stage = nn.ModuleList()
+            self.stages.append(nn.ModuleList())
             for b, widths in enumerate(blocks):
-                stage.append(MixedBlock(arch, c, widths, block_stride(s, b), row))
+                block = MixedBlock(space.arch, c, widths, block_stride(s, b), row)
+                self.stages[s].append(block)
                 c, row = widths[-1], row + len(widths)
-            self.stages.append(stage)
         self.fc = nn.Linear(c, space.full.num_classes)
         self.alpha = initial_logits(space.widths, space.num_widths)
         self.beta = initial_logits(space.depths, space.num_depths)
         init_convs(self)
-        self.groups = {}  # channels -> all searched convs that have as many
+        self.groups = {}  # channels -> the searched convs that have as many
         for module in self.modules():
             if isinstance(module, MixedConv):
                 self.groups.setdefault(module.conv.out_channels, []).append(module)
         self.mixes = nn.ModuleList()
         for channels, convs in self.groups.items():
-            # A candidate that a row lacks repeats its first width; its weight is 0.
-            widths = torch.tensor([pad(space.widths[conv.row], space.num_widths) for conv in convs])
+            widths = torch.zeros(len(convs), space.num_widths).long()
+            for g, conv in enumerate(convs):
+                candidates = torch.tensor(space.widths[conv.row])
+                widths[g] = candidates[0]  # also where the row has no candidate; its weight is 0
+                widths[g, :len(candidates)] = candidates
             rows = torch.tensor([conv.row for conv in convs])
             self.mixes.append(ChannelMix(channels, widths, rows, align))
 
@@ -641,26 +627,30 @@ class SuperResNet(nn.Module):
             mixes |= zip(convs, zip(matrix[..., None, None].unbind(), bias.unbind()))
             widths |= zip(convs, largest.unbind())
         x = self.maxpool(F.relu(self.stem(x, mixes)))  # [N, stem, H, W]; ImageNet H/4, W/4
-        width = widths[self.stem][None]
+        width = widths[self.stem]
         for stage, depths, q_hat in zip(self.stages, self.space.depths, sample.depth):
-            outputs = []  # of the candidate depths
+            # Sum over depths d of q_hat_d * CWI(output of block d, M), as one 1x1 conv over all.
+            outputs = []
             for b, block in enumerate(stage):
                 x = block(x, mixes)  # [N, C, H, W]
                 if b + 1 in depths:
                     outputs.append(x)
-            # A block with an identity shortcut is as wide as its wider summand.
-            before = [width] if stage[0].projection is None else []
-            ends = torch.stack([widths[block.convs[-1]] for block in stage])
-            running = torch.cat([*before, ends]).cummax(0).values[-len(stage):]  # [blocks]
-            reached = running[[depth - 1 for depth in depths]]
-            width = running[-1:]  # the widest: what all are interpolated to
-            target = width if self.align == "cwi" else reached
-            cwi = cwi_matrix(reached.view(-1, 1, 1), target.view(-1, 1, 1), x.shape[1], q_hat.dtype)
-            cwi = cwi * q_hat[:len(depths), None, None]  # [D, C, C]
-            # Sum over depths d of q_hat_d * CWI(output of block d).
-            matrix = cwi.transpose(0, 1).flatten(1)  # [C, D C]
-            x = F.conv2d(torch.cat(outputs, 1), matrix[..., None, None])  # [N, C, H, W]
+            cwi, width = self.mix_depths(stage, depths, width, widths, x.shape[1], q_hat.dtype)
+            matrix = (cwi * q_hat[:len(depths), None, None]).transpose(0, 1)  # [C, D, C]
+            x = F.conv2d(torch.cat(outputs, 1), matrix.flatten(1)[..., None, None])
         return self.fc(x.mean((2, 3)))  # [N, classes]
+
+    def mix_depths(self, stage, depths, width, widths, channels, dtype):
+        """CWI matrices [D, C, C] of the outputs of the candidate depths to the width of the widest,
+        and that width; `width` of the stage's input, `widths` of all convs."""
+        ends = torch.stack([width, *[widths[block.convs[-1]] for block in stage]])
+        if stage[0].projection is not None:
+            ends = ends[1:]
+        # With an identity shortcut, a block is as wide as the wider one of its summands.
+        reached = ends.cummax(0).values[-len(stage):]  # [blocks]
+        sources = torch.stack([reached[depth - 1] for depth in depths])[:, None, None]
+        target = reached[-1] if self.align == "cwi" else sources
+        return cwi_matrix(sources, target, channels, dtype), reached[-1]
 
 def initial_logits(rows, size):
     """Logits [rows, size] of candidates; those that a row lacks are ABSENT."""
@@ -668,10 +658,6 @@ def initial_logits(rows, size):
     for i, row in enumerate(rows):
         logits[i, len(row):] = ABSENT
     return nn.Parameter(logits)
-
-def pad(row, size):
-    """The row, filled up with its first entry."""
-    return [*row, *row[:1] * (size - len(row))]
 
 # ---- Search objective ---------------------------------------------------------------------------
 
@@ -683,6 +669,17 @@ def cost_loss(expected, actual, target, tolerance=TOLERANCE):
     over = actual > (1 + tolerance) * target
     under = actual < (1 - tolerance) * target
     return (over.to(expected) - under.to(expected)) * expected.log()
+
+def in_band(macs, target, tolerance):
+    """Whether MACs are in target (1 -+ tolerance)."""
+    return abs(macs - target) <= tolerance * target
+
+def log_rows(logits, candidates):
+    """Log-probabilities as a list of rows without absent candidates, float64 on the CPU."""
+    logits = logits.detach().double().cpu().clamp(-1e9, 1e9)
+    require(len(logits) == len(candidates) and not logits.isnan().any(),
+            f"expected {len(candidates)} rows of logits without NaN; after a search, lower --lr")
+    return [row[:len(present)].log_softmax(0) for row, present in zip(logits, candidates)]
 
 def extract(space, alpha, beta, target, tolerance=TOLERANCE):
     """The pruned network's Shape: the argmax one if its MACs lie in target (1 -+ tolerance), else
@@ -715,28 +712,12 @@ def scale_shape(space, target, tolerance=TOLERANCE, round_to=1):
         stages = [[[width(c) for c in widths] for widths in blocks] for blocks in space.full.stages]
         return dataclasses.replace(space.full, stem=width(space.full.stem), stages=stages)
 
-    def distance(shape):
-        return abs(count_macs(shape) - target), str(shape)  # the second decides between equals
-
-    shape = min([scaled(k / 512) for k in range(1, 513)], key=distance)
-    require(in_band(count_macs(shape), target, tolerance),
-            f"no uniform width gives {target:,.0f} MACs within {tolerance:.1%}; the nearest has "
-            f"{count_macs(shape):,}: choose another --flops")
+    shapes = [scaled(k / 512) for k in range(1, 513)]
+    shape = min(shapes, key=lambda shape: (abs(count_macs(shape) - target), str(shape)))
+    macs = count_macs(shape)
+    require(in_band(macs, target, tolerance), f"no uniform width gives {target:,.0f} MACs within "
+            f"{tolerance:.1%}; the nearest has {macs:,}: choose another --flops")
     return shape
-
-def in_band(macs, target, tolerance):
-    """Whether MACs are in target (1 -+ tolerance)."""
-    return abs(macs - target) <= tolerance * target
-
-def log_rows(logits, candidates):
-    """Log-probabilities as a list of rows without absent candidates, float64 on the CPU."""
-    logits = logits.detach().double().cpu()
-    require(len(logits) == len(candidates) and not logits.isnan().any(),
-            f"expected {len(candidates)} rows of logits without NaN; after a search, lower --lr")
-    rows = []
-    for row, present in zip(logits, candidates):
-        rows.append(row[:len(present)].clamp(-1e9, 1e9).log_softmax(0))
-    return rows
 
 # A network is a chain: the stem, the blocks, the classifier. What a link of it costs depends on its
 # own widths and on the width of what it takes in, and on nothing else. So the best network within
@@ -758,34 +739,24 @@ def make_chain(space, log_p, log_q):
     counts = [len(row) for row in space.widths]
     stem = space.cost[0, :1, None, :counts[0]]  # [1, 1, O]
     chain = [Link(stem, log_p[0][None, None], (), 0, [])]
-    layer, conv, c_in = 1, 1, counts[0]
+    layer, conv, c_in, before = 1, 1, counts[0], [(0, 0.0)]
     for s, blocks in enumerate(space.full.stages):
         first = len(chain)
-        before = chain_exits(space, first, s, log_q)
-        for b in range(len(blocks)):
-            macs, score, c = torch.zeros(c_in), torch.zeros(c_in), c_in  # [A]
+        for _ in blocks:
             inner = tuple(counts[conv:conv + space.block_convs - 1])
+            macs, score, c = torch.zeros(c_in), torch.zeros(c_in), c_in  # [A]
             for _ in range(space.block_convs):
                 macs = macs[..., None] + space.cost[layer, :c, :counts[conv]]  # [A, ..., K]
                 score = score[..., None] + log_p[conv]
-                c = counts[conv]
-                layer, conv = layer + 1, conv + 1
+                layer, conv, c = layer + 1, conv + 1, counts[conv]
             projection = space.cost[layer, :c_in, None, :c]  # [A, 1, O]
-            macs = macs.flatten(1, -2) + projection  # [A, W, O]
-            chain.append(Link(macs, score.flatten(1, -2), inner, s, before))
-            before = [(len(chain) - 1, 0.0)]
-            layer, c_in = layer + 1, c
+            macs, score = macs.flatten(1, -2) + projection, score.flatten(1, -2)  # [A, W, O]
+            chain.append(Link(macs, score, inner, s, before))
+            layer, c_in, before = layer + 1, c, [(len(chain) - 1, 0.0)]
+        depths = zip(space.depths[s], log_q[s].tolist())
+        before = [(first + depth - 1, log) for depth, log in depths]
     classifier = space.cost[layer, :c_in, None, :1]  # [A, 1, 1]
-    exits = chain_exits(space, len(chain), len(space.depths), log_q)
-    return [*chain, Link(classifier, torch.zeros_like(classifier), (), 0, exits)]
-
-def chain_exits(space, first, stage, log_q):
-    """What the first link of a stage, `first`, can follow: Link.before."""
-    if stage == 0:
-        return [(0, 0.0)]  # the stem
-    start = first - len(space.full.stages[stage - 1])
-    depths = zip(space.depths[stage - 1], log_q[stage - 1].tolist())
-    return [(start + depth - 1, log) for depth, log in depths]
+    return [*chain, Link(classifier, torch.zeros_like(classifier), (), 0, before)]
 
 def forward_pass(chain, cell, num_cells, join):
     """Scores of all ways through the chain, by the MACs that they spend, in cells:
@@ -807,11 +778,10 @@ def forward_pass(chain, cell, num_cells, join):
 
 def pass_link(link, entering, cell, join):
     """The second line of the recurrence: [A, cells] -> [O, cells]."""
-    inputs, ways, outputs = link.macs.shape
     num_cells = entering.shape[1]
     spent, score = (link.macs / cell).round().long().tolist(), link.score.tolist()
-    leaving = torch.full((outputs, num_cells), -math.inf).double()
-    for a, w, o in itertools.product(range(inputs), range(ways), range(outputs)):
+    leaving = torch.full((link.macs.shape[2], num_cells), -math.inf).double()
+    for a, w, o in itertools.product(*map(range, link.macs.shape)):
         m = spent[a][w][o]
         if m < num_cells:
             reached = leaving[o, m:]
@@ -836,17 +806,17 @@ def way_back(chain, cell, m, entering, leaving, pick):
     return [(0, 0, o), *way]
 
 def extreme_way(chain, extreme):
-    """The way of the fewest or of the most MACs, and these; extreme: the function min or max.
+    """The fewest or the most MACs, and a way that spends them; extreme: the function min or max.
 
-        total_i[o] = extreme over a, w of (extreme over j in before_i of total_j[a]) + macs_i[a, w, o]
-    """
-    totals = []  # of each link, a list over its output widths of (MACs, way)
+        total_i[o] = extreme over j in before_i, a, w of total_j[a] + macs_i[a, w, o]"""
+    totals = []  # of each link and output width: (MACs, way)
     for i, link in enumerate(chain):
         inputs = [(0.0, [])]
         if link.before:
-            inputs = [extreme(same_width) for same_width in zip(*[totals[j] for j, _ in link.before])]
-        before = torch.tensor([macs for macs, _ in inputs]).double()
-        macs = (before[:, None, None] + link.macs).flatten(0, 1)  # [A W, O]
+            options = zip(*[totals[j] for j, _ in link.before])
+            inputs = [extreme(same_width) for same_width in options]
+        spent = torch.tensor([macs for macs, _ in inputs]).double()
+        macs = (spent[:, None, None] + link.macs).flatten(0, 1)  # [A W, O]
         totals.append([])
         for o, column in enumerate(macs.T.tolist()):
             best = extreme(column)
@@ -864,16 +834,15 @@ def shape_of_way(space, chain, way):
             depths[link.stage] += 1
             choices = torch.unravel_index(torch.tensor(inner), link.inner)
             width_index[conv - len(choices):conv] = [int(choice) for choice in choices]
-    depth_index = [row.index(depth) for row, depth in zip(space.depths, depths)]
-    return space.shape(width_index, depth_index)
+    return space.shape(width_index, [row.index(d) for row, d in zip(space.depths, depths)])
 
 def shape_in_band(space, log_p, log_q, target, tolerance, join, pick):
     """The most probable Shape in the band, or a drawn one. MACs are rounded to cells so small that
     all roundings of a way together stay below a quarter of the band's half-width, and only cells
     are looked at whose ways must lie in the band. Smaller cells serve spaces with few Shapes."""
     chain = make_chain(space, log_p, log_q)
-    fewest, most = extreme_way(chain, min), extreme_way(chain, max)
-    if fewest[0] <= (1 + tolerance) * target and most[0] >= (1 - tolerance) * target:
+    (fewest, way_of_fewest), (most, way_of_most) = extreme_way(chain, min), extreme_way(chain, max)
+    if fewest <= (1 + tolerance) * target and most >= (1 - tolerance) * target:
         for refinement in REFINEMENTS:
             cell = tolerance * target / (2 * len(chain) * refinement)
             num_cells = int((1 + tolerance) * target / cell) + 1
@@ -886,13 +855,13 @@ def shape_in_band(space, log_p, log_q, target, tolerance, join, pick):
             if score.max() > -math.inf:
                 way = way_back(chain, cell, int(pick(score)), entering, leaving, pick)
                 return shape_of_way(space, chain, way)
-        for macs, way in (fewest, most):  # at the very edge of the band
-            if in_band(macs, target, tolerance):
+        for macs, way in ((fewest, way_of_fewest), (most, way_of_most)):
+            if in_band(macs, target, tolerance):  # at the very edge of the band
                 return shape_of_way(space, chain, way)
-    full, low, high = count_macs(space.full), int(fewest[0]), int(most[0])
-    raise TASError(f"no shape has {target:,.0f} MACs within {tolerance:.1%}; possible are {low:,} "
-                   f"to {high:,} ({low / full:.3f} to {high / full:.3f} of the unpruned network); "
-                   "choose another --flops")
+    full = count_macs(space.full)
+    raise TASError(f"no shape has {target:,.0f} MACs within {tolerance:.1%}; possible are "
+                   f"{fewest:,.0f} to {most:,.0f} ({fewest / full:.3f} to {most / full:.3f} of the "
+                   "unpruned network); choose another --flops")
 
 # ---- Knowledge transfer -------------------------------------------------------------------------
 
@@ -941,8 +910,8 @@ def normalize(images):
     mean, std = mean_and_std(images.device)
     return (images - mean) / std
 
-def whole_batches(order, batch_size, train):
-    """Consecutive parts of `order`; of a training without the last, incomplete one."""
+def split_batches(order, batch_size, train):
+    """Consecutive parts of `order`; in training without the last one if it is incomplete."""
     end = len(order) - (batch_size - 1 if train else 0)
     return [order[start:start + batch_size] for start in range(0, end, batch_size)]
 
@@ -952,8 +921,8 @@ class SmallImages:
 
     def __init__(self, images, labels, device):
         self.size, self.labels = images.shape[1], labels.to(device)
-        black = (0, 0, 0, 1)  # one more pixel, for what lies outside
-        self.pixels = F.pad(images.reshape(-1, 3), black).to(device)  # [N*H*W + 1, 3]
+        pixels = F.pad(images.reshape(-1, 3), (0, 0, 0, 1))  # a black one, for what lies outside
+        self.pixels = pixels.to(device)  # [N*H*W + 1, 3]
 
     def batches(self, order, batch_size, train, rank=0, world=1):
         """Normalised images [B, 3, H, W] and labels [B] in the given order of indices. `train`
@@ -961,7 +930,7 @@ class SmallImages:
         every batch; all of them draw the whole batch's random numbers, and so stay in step."""
         device, size = self.labels.device, self.size
         line = torch.arange(size, device=device)
-        for index in whole_batches(order.to(device), batch_size, train):
+        for index in split_batches(order.to(device), batch_size, train):
             row = column = line.expand(len(index), size)  # [B, size]
             if train:
                 shift = torch.randint(-CROP_PADDING, CROP_PADDING + 1, (2, len(index), 1),
@@ -980,8 +949,7 @@ class SmallImages:
 def test_transform(size):
     """Transform of a test image to uint8 [3, size, size]."""
     from torchvision.transforms import v2
-    large, crop = RESIZE
-    resized = size * large // crop if size > LARGEST_IN_MEMORY else size
+    resized = int(size * RESIZE) if size > LARGEST_IN_MEMORY else size
     return v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
 
 class LargeImages(torch.utils.data.Dataset):
@@ -993,9 +961,9 @@ class LargeImages(torch.utils.data.Dataset):
         from torchvision.transforms import v2
         self.folder, self.device, self.workers, self.loader = folder, device, workers, None
         self.labels, self.plain = torch.tensor(folder.targets), test_transform(size)
-        jitter = v2.ColorJitter(COLOUR_JITTER, COLOUR_JITTER, COLOUR_JITTER)
-        self.augment = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), jitter,
-                                   v2.PILToTensor()])
+        self.augment = v2.Compose([
+            v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
+            v2.ColorJitter(COLOUR_JITTER, COLOUR_JITTER, COLOUR_JITTER), v2.PILToTensor()])
 
     def __getstate__(self):
         return vars(self) | {"loader": None}  # a copy of this split has its own
@@ -1009,20 +977,15 @@ class LargeImages(torch.utils.data.Dataset):
 
     def batches(self, order, batch_size, train, rank=0, world=1):
         """As those of SmallImages."""
-        seeds = [None] * len(order)
-        if train:
-            seeds = torch.randint(2 ** 62, (len(order),)).tolist()
+        seeds = torch.randint(2 ** 62, (len(order),)).tolist() if train else [None] * len(order)
         if self.loader is None:  # its own generator leaves the global random state alone
             self.loader = torch.utils.data.DataLoader(
                 self, batch_sampler=[], num_workers=self.workers, generator=torch.Generator(),
                 pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0)
-        items = list(zip(order.tolist(), seeds))
-        # In place, as the workers live on from epoch to epoch.
-        self.loader.batch_sampler[:] = [
-            batch[rank::world] for batch in whole_batches(items, batch_size, train)]
+        batches = split_batches(list(zip(order.tolist(), seeds)), batch_size, train)
+        self.loader.batch_sampler[:] = [batch[rank::world] for batch in batches]
         for images, labels in self.loader:
-            images = images.to(self.device, non_blocking=True)
-            labels = labels.to(self.device, non_blocking=True)
+            images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
             yield normalize(images.contiguous(memory_format=torch.channels_last)), labels
 
 class Data(NamedTuple):
@@ -1052,15 +1015,15 @@ def load_cifar(name, root):
     """torchvision's CIFAR, downloaded on first use: pairs of uint8 images and labels, classes."""
     from torchvision import datasets
     kind = getattr(datasets, name.upper())
-    message = (f"{name} is not in {root} and could not be downloaded ({{}}): put the folder "
-               f"{kind.base_folder} of {kind.filename} into {root}, or use --data synthetic")
-    with contextlib.redirect_stdout(io.StringIO()), errors_as(message):
+    with contextlib.redirect_stdout(io.StringIO()), errors_as(
+            f"{name} is not in {root} and could not be downloaded ({{}}): put the folder "
+            f"{kind.base_folder} of {kind.filename} into {root}, or use --data synthetic"):
         splits = [kind(root, train, download=True) for train in (True, False)]
     pairs = [(torch.from_numpy(split.data), torch.tensor(split.targets)) for split in splits]
     return pairs, splits[0].classes
 
 def read_image(path):
-    """An RGB image of the file."""
+    """The RGB image of a file."""
     from torchvision.datasets.folder import default_loader
     with errors_as(f"cannot read the image {path}: {{}}; replace or remove it"):
         return default_loader(path)
@@ -1069,17 +1032,15 @@ def open_folders(root):
     """torchvision's ImageFolders root/train and root/test or, without test, root/val."""
     from torchvision.datasets import ImageFolder
     root, folders = Path(root), []
-    held_out = root / "test" if (root / "test").is_dir() else root / "val"
-    for part in (root / "train", held_out):
+    for part in (root / "train", root / "test" if (root / "test").is_dir() else root / "val"):
         with errors_as(f"{part}: {{}}. Put the images into {root}/train/CLASS/ and "
                        f"{root}/val/CLASS/", OSError):  # no folder, or a class without images
             folders.append(ImageFolder(part, loader=read_image))
-    train, test = folders
-    odd = set(train.classes) ^ set(test.classes)
+    odd = set(folders[0].classes) ^ set(folders[1].classes)
     why = f"only one has: {', '.join(sorted(odd))[:80]}" if odd else "there is one class only"
-    require(not odd and len(train.classes) > 1, f"{train.root} and {test.root} must have the same "
-            f"class folders, two or more; {why}")
-    return train, test
+    require(not odd and len(folders[0].classes) > 1, f"{folders[0].root} and {folders[1].root} "
+            f"must have the same class folders, two or more; {why}")
+    return folders
 
 def read_small(folder, size, workers):
     """All images of a folder: uint8 [N, size, size, 3], and their labels [N]."""
@@ -1091,25 +1052,22 @@ def read_small(folder, size, workers):
 
 @functools.lru_cache(maxsize=1)
 def load_data(name, root, image_size, device, workers):
-    """The Data of --data. Images up to LARGEST_IN_MEMORY are held there, larger ones are read on
-    the fly; raises TASError for what is missing, empty, unreadable or inconsistent."""
+    """The Data of --data; raises TASError for what is missing, empty, unreadable, inconsistent."""
     if name in ("imagenet", "folder"):
         folders = open_folders(root)
         classes = folders[0].classes
         if image_size > LARGEST_IN_MEMORY:
-            train, test = (LargeImages(f, image_size, device, workers) for f in folders)
-            return Data(train, test, classes)
+            return Data(*[LargeImages(f, image_size, device, workers) for f in folders], classes)
         splits = [read_small(folder, image_size, workers) for folder in folders]
     elif image_size != CIFAR_SIZE:
         raise TASError(f"{name} has images of 32 pixels; leave --image-size out or use it with "
                        "--data folder")
     elif name == "synthetic":
-        splits = make_synthetic(SYNTHETIC_TRAIN, 1), make_synthetic(SYNTHETIC_TEST, 2)
+        splits = [make_synthetic(count, seed) for count, seed in zip(SYNTHETIC_IMAGES, (1, 2))]
         classes = list("0123456789")
     else:
         splits, classes = load_cifar(name, root)
-    train, test = (SmallImages(images, labels, device) for images, labels in splits)
-    return Data(train, test, classes)
+    return Data(*[SmallImages(images, labels, device) for images, labels in splits], classes)
 
 def split_halves(labels, seed):
     """Two class-balanced halves of the training set, as index tensors (paper: 50/50 split)."""
@@ -1133,26 +1091,26 @@ def average_over_processes(tensors, world):
     if world > 1:
         flat = torch.cat([t.reshape(-1) for t in tensors])
         torch.distributed.all_reduce(flat)
-        means = flat.div_(world).split([t.numel() for t in tensors])
-        for t, mean in zip(tensors, means):
+        for t, mean in zip(tensors, flat.div_(world).split([t.numel() for t in tensors])):
             t.copy_(mean.view(t.shape))
 
 def maybe_compile(loss_function, args):
-    """torch.compile, as one graph of fixed shapes, where --compile asks for it."""
-    if args.compile == "off" or args.compile == "auto" and args.device.type != "cuda":
+    """torch.compile, as one graph of fixed shapes, with --compile on; where that fails, one warning
+    and the function as it is."""
+    if args.compile == "off":
         return loss_function
-    compiled = torch.compile(loss_function, fullgraph=True, dynamic=False)
+    current = torch.compile(loss_function, fullgraph=True, dynamic=False)
 
     def with_fallback(*inputs):
-        nonlocal compiled
+        nonlocal current
         try:
-            return compiled(*inputs)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            print(f"warning: running without --compile: {str(error).splitlines()[0][:100]}",
-                  file=sys.stderr)
-            compiled = loss_function
-            return loss_function(*inputs)
-    return compiled if args.compile == "on" else with_fallback
+            return current(*inputs)
+        except (torch._dynamo.exc.TorchDynamoException,
+                torch._inductor.exc.InductorError) as error:
+            print(f"warning: not compiled: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+            current = loss_function
+            return current(*inputs)
+    return with_fallback
 
 def sgd(weights, args):
     """The optimiser of all weights."""
@@ -1161,8 +1119,8 @@ def sgd(weights, args):
 
 def set_learning_rate(optimizer, step, steps, warmup, highest):
     """Of one of `steps` steps: a linear rise over the first `warmup` of them, then a cosine to 0."""
-    factor = (step + 1) / warmup if step < warmup else (
-        0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
+    share = (step - warmup) / (steps - warmup)
+    factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
     optimizer.param_groups[0]["lr"] = highest * factor
 
 def temperature(epoch, epochs):
@@ -1173,7 +1131,7 @@ def training_loss(args, net, teacher, x, y):
     """Of a batch x [N, 3, H, W], y [N], under a teacher if there is one: what is minimised, the
     loss that is reported, and the logits [N, classes]."""
     with autocast(args):
-        logits = net(x).float()  # [N, classes]
+        logits = net(x).float()
         guide = teacher(x).float() if teacher else None
     if teacher:
         loss = TRANSFERS[args.transfer].loss(logits, guide, y)
@@ -1185,7 +1143,7 @@ def search_loss(args, net, tau, x, y):
     """The same of a network of sampled sizes."""
     sample = sample_sizes(net.alpha, net.beta, tau, args.num_samples, args.sampler == "gumbel")
     with autocast(args):
-        logits = net(x, sample).float()  # [N, classes]
+        logits = net(x, sample).float()
     loss = F.cross_entropy(logits, y)
     return loss, loss, logits
 
@@ -1213,13 +1171,13 @@ def take_step(args, net, optimizer, loss_function, *inputs):
     return torch.stack([loss.detach().double(), accuracy])
 
 def mean_of_steps(run, epoch, steps):
-    """Mean loss and accuracy in % of an epoch's steps, over all processes; TASError where one loss
-    is not finite."""
+    """Mean loss and accuracy in % of an epoch's steps, over all processes; TASError where a loss is
+    not finite."""
     values = torch.stack(steps)  # [steps, 2]
     average_over_processes([values], run.args.world)
     for step, finite in enumerate(values[:, 0].isfinite().tolist()):
-        require(finite, f"{run.path}: the loss is not finite in epoch {epoch + 1}, step {step + 1}, "
-                f"with --lr {run.args.lr:g}; lower --lr (and choose another --out); the last "
+        require(finite, f"{run.path}: the loss is not finite in epoch {epoch + 1}, step "
+                f"{step + 1}, with --lr {run.args.lr:g}; lower --lr (and choose another --out); the last "
                 "checkpoint, if there is one, is kept")
     return values.mean(0).tolist()
 
@@ -1268,7 +1226,7 @@ class Progress:
 
     def step(self, seen):
         """After a step; `seen` is what those of this epoch gave."""
-        if not self.bar.disable and len(seen) % BAR_STEPS == 1:  # a look waits for the device
+        if not self.bar.disable and len(seen) % BAR_STEPS == 1:
             loss, accuracy = torch.stack(seen).mean(0).tolist()
             self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f}%{self.sizes}")
         self.bar.update()
@@ -1328,20 +1286,20 @@ def search(run, data, space, target):
     steps = len(halves[1]) // args.batch_size  # an epoch
     total = args.epochs * steps
     sizes = [net.alpha, net.beta]
-    weights = [p for p in net.parameters() if all(p is not size for size in sizes)]
+    weights = [p for p in net.parameters() if p is not net.alpha and p is not net.beta]
     optimizer = sgd(weights, args)
     arch_optimizer = torch.optim.Adam(sizes, args.arch_lr, betas=ARCH_BETAS, fused=True,
                                       weight_decay=ARCH_WEIGHT_DECAY)
     weight_loss, arch_loss = (maybe_compile(f, args) for f in (search_loss, architecture_loss))
     state = {"net": net, "optimizer": optimizer, "arch_optimizer": arch_optimizer}
     metrics = run.resume(state)
-    device_tau = torch.zeros((), device=args.device)
+    device_tau = torch.zeros((), device=args.device)  # where the steps read it
     progress = Progress(run, len(metrics) * steps, total)
 
     for epoch in range(len(metrics), args.epochs):
         start, weight_seen, arch_seen = time.perf_counter(), [], []
         tau = temperature(epoch, args.epochs)
-        device_tau.fill_(tau)  # the steps read it there
+        device_tau.fill_(tau)
         net.train()
         batches = [shuffled_batches(*each, args) for each in zip(splits, halves)]
         for i, weight_batch, arch_batch in zip(range(epoch * steps, (epoch + 1) * steps), *batches):
@@ -1363,8 +1321,8 @@ def search(run, data, space, target):
 
 @torch.no_grad()
 def measure_sizes(net):
-    """What alpha and beta say: MACs, and how decided they are (top minus second probability, mean
-    over the sizes that have a choice)."""
+    """MACs, and how decided alpha and beta are: top minus second probability, a mean over the sizes
+    that have a choice."""
     def discrepancy(probabilities, rows):
         open_rows = [i for i, row in enumerate(rows) if len(row) > 1]
         if not open_rows:
@@ -1420,7 +1378,7 @@ def load_tensors(path):
         return {**torch.load(path, map_location="cpu", weights_only=True)}
 
 SETTINGS = ("command", "data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
-            "precision")  # arguments that decide the result of any run
+            "precision")  # the arguments that decide the result of any run
 
 class Run:
     """The directory --out of a command: run.json (settings, versions, command and, when finished,
@@ -1440,15 +1398,21 @@ class Run:
             self.info = read_json(self.path / "run.json")
             self.compare("run.json", self.info.get("settings"))
             with errors_as(f"{self.path / 'run.json'} is damaged; choose another --out"):
-                require_run_values(self.info)
+                if self.result is not None:
+                    f"{self.result['macs']:d} {self.result.get('accuracy', 0.0):f}"  # both numbers
         elif not args.rank:
             stray = [p for p in self.path.glob("*") if p.suffix != ".tmp"]
             require(not stray and not self.path.is_file(),
                     f"{self.path} exists and is no run directory; choose another --out")
             self.update()
-        args.precision = self.info.get("precision", "fp32")
+        args.precision = "bf16" if self.info.get("precision") == "bf16" else "fp32"
         if args.world > 1:  # nobody writes a result before all have looked for one
             torch.distributed.barrier()
+
+    @property
+    def result(self):
+        """What a finished run gave, else None."""
+        return self.info.get("result")
 
     def compare(self, name, old):
         """TASError where a file of the run has other settings."""
@@ -1471,8 +1435,8 @@ class Run:
             return []
         state = load_tensors(path)
         self.compare("last.ckpt", state.get("settings"))
-        with errors_as(f"{path} does not fit this network; delete it to start anew, or change "
-                       "--out"):
+        with errors_as(f"{path} does not fit this network; delete it to start anew, or choose "
+                       "another --out"):
             for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
             torch.set_rng_state(state["rng"])
@@ -1501,16 +1465,9 @@ class Run:
         if self.args.world > 1:
             torch.distributed.barrier()  # the next step of `prune` reads these files
 
-def require_run_values(info):
-    """ValueError, TypeError or KeyError where run.json has values of a wrong type."""
-    if (result := info.get("result")) is not None:
-        f"{result['macs']:d} {result.get('accuracy', 0.0):f}"
-    if info.get("precision", "fp32") not in ("fp32", "bf16"):
-        raise ValueError("precision")
-
 def processor():
     """Linux's account of the first processor, name -> value; empty elsewhere."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         return dict(re.split(r"\s*: ?", line, maxsplit=1) for line in lines)
     return {}
@@ -1529,8 +1486,7 @@ def native_precision(args):
     if args.device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        flags = processor().get("flags", "").split()
-        native = "avx512_bf16" in flags or "amx_bf16" in flags
+        native = {"avx512_bf16", "amx_bf16"} & {*processor().get("flags", "").split()}
     return "bf16" if native else "fp32"
 
 def load(path, trained=False):
@@ -1548,11 +1504,9 @@ def load(path, trained=False):
 
 def read_info(path):
     """run.json of a run directory or of the one that a file is in, {} when there is none."""
-    if not path or not os.path.exists(path):
-        return {}
-    directory = Path(path) if os.path.isdir(path) else Path(path).parent
-    file = directory / "run.json"
-    return read_json(file) if file.exists() else {}
+    directory = Path(path or "")
+    file = (directory if directory.is_dir() else directory.parent) / "run.json"
+    return read_json(file) if path and file.exists() else {}
 
 def require_equal(path, shape, other, whose, *names):
     """TASError unless two Shapes agree in these fields."""
@@ -1572,8 +1526,8 @@ def load_teacher(path, shape):
         net = load(path, trained=True)
         require(net.shape == net.shape.full,
                 f"--teacher {path} is a pruned network; give the unpruned one")
-    require_equal(f"--teacher {path}", net.shape, shape, "the network to train", "arch",
-                  "num_classes")
+    require_equal(f"--teacher {path}", net.shape, shape, "the network to train",
+                  "arch", "num_classes")
     flat = nn.utils.parameters_to_vector(net.parameters()).detach()
     return net, zlib.crc32(flat.numpy().tobytes())
 
@@ -1587,29 +1541,24 @@ def setup(args):
             f"of the {args.world} processes")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     with errors_as(f"--device {args.device}: {{}}; use cpu or leave it out"):
-        device = torch.device(auto if args.device == "auto" else args.device)
-        if device.type == "cuda":
-            local = int(os.environ.get("LOCAL_RANK", 0))
-            device = torch.device("cuda", local if args.world > 1 else device.index or 0)
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device).double().item()  # fails where the device cannot compute
-    args.device = device
+        args.device = torch.device(auto if args.device == "auto" else args.device)
+        if args.device.type == "cuda":
+            local = os.environ.get("LOCAL_RANK", args.device.index or 0)
+            args.device = torch.device("cuda", int(local))
+            torch.cuda.set_device(args.device)
+        torch.zeros(1, device=args.device).double().item()  # fails where it cannot compute
     if args.world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                             timeout=datetime.timedelta(minutes=10))
+        backend = "nccl" if args.device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     torch.backends.cudnn.benchmark = True
-    keep_freed_memory()
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
+        for option, value in ((-3, KEPT_MEMORY), (-1, 2 ** 31 - 1)):  # mmap and trim thresholds
+            ctypes.CDLL(None).mallopt(option, value)
     torch.manual_seed(args.seed)
 
-def keep_freed_memory():
-    """Tell glibc to keep the memory of freed tensors: a search step on a CPU is a fifth faster."""
-    mmap_threshold, trim_threshold = -3, -1  # glibc's numbers of these options
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
-        ctypes.CDLL(None).mallopt(mmap_threshold, KEPT_MEMORY)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2 ** 31 - 1)
-
-def open_data(args, arch):
-    """The data set of a command, after setup; what depends on its images is filled into args."""
+def open_data(args, arch, epochs, halves=1):
+    """The Data of a command, after setup. Defaults that depend on the images are filled into args:
+    `epochs` those of small ones. A batch must fit into the training images, or into a half."""
     setup(args)
     if args.image_size is None:
         small = ARCHS[arch].small if args.data == "folder" else args.data != "imagenet"
@@ -1619,19 +1568,14 @@ def open_data(args, arch):
     data = load_data(args.data, args.data_dir, args.image_size, args.device, args.workers)
     if args.world > 1 and not args.rank:
         torch.distributed.barrier()
-    return data
-
-def fill_schedule(args, data, epochs, halves=1):
-    """Defaults that depend on the images: epochs (of small ones) and weight decay. TASError where a
-    batch is larger than the training images, or than one of the halves of a search."""
     large = args.image_size > LARGEST_IN_MEMORY
     args.epochs = args.epochs or (LARGE_EPOCHS if large else epochs)
     if args.weight_decay is None:
-        args.weight_decay = WEIGHT_DECAY_LARGE if large else WEIGHT_DECAY
+        args.weight_decay = LARGE_WEIGHT_DECAY if large else WEIGHT_DECAY
     images = len(data.train.labels) // halves
-    which = "training images of a half of the search" if halves > 1 else "training images"
-    require(args.batch_size <= images,
-            f"--batch-size {args.batch_size} is larger than the {images} {which}")
+    require(args.batch_size <= images, f"--batch-size {args.batch_size} is larger than the "
+            f"{images} training images{' of a half of the search' if halves > 1 else ''}")
+    return data
 
 def base_directory(args):
     """Where the runs of a data set and an arch are by default."""
@@ -1660,14 +1604,14 @@ def summary(shape):
 def print_result(args, text, following):
     """Print what a command made and, unless more of `prune` follows, the next command."""
     if not args.rank:
-        following = following.replace("DATA", f"--data {args.data} --data-dir {args.data_dir}")
+        data = f"--data {args.data} --data-dir {args.data_dir} --image-size {args.image_size}"
+        following = following.replace("DATA", data)
         print(text if args.more_follows else f"{text}\nnext: python {following}")
 
 def command_train(args):
     """Train the unpruned network of --arch, or the pruned one of --shape."""
-    shape = None
-    if args.shape:
-        shape = Shape.load(args.shape)
+    shape = Shape.load(args.shape) if args.shape else None
+    if shape:
         require(args.arch in (None, shape.arch),
                 f"{args.shape} is a shape of {shape.arch}, not of {args.arch}")
         args.arch, args.image_size = shape.arch, args.image_size or shape.image_size
@@ -1675,17 +1619,14 @@ def command_train(args):
     args.transfer = args.transfer or ("kd" if args.teacher else "none")
     require(args.teacher or args.transfer == "none",
             f"--transfer {args.transfer} needs --teacher DIR, a trained {args.arch}")
-    data = open_data(args, args.arch)
-    fill_schedule(args, data, TRAIN_EPOCHS)
+    data = open_data(args, args.arch, TRAIN_EPOCHS)
     full = Shape.unpruned(args.arch, len(data.classes), args.image_size)
     shape = shape or full
     require_equal(args.shape, shape, full, "the data", "num_classes", "image_size")
-    teacher, checksum = None, None
-    if args.teacher:
-        teacher, checksum = load_teacher(args.teacher, shape)
+    teacher, checksum = load_teacher(args.teacher, shape) if args.teacher else (None, None)
     run = Run(args, data, "teacher" if shape == full else "pruned",
               shape=dataclasses.asdict(shape), transfer=args.transfer, teacher=checksum)
-    if run.info.get("result") is None:
+    if run.result is None:
         torch.manual_seed(args.seed)
         net, transfer = ResNet(shape), TRANSFERS[args.transfer]
         if transfer.prepare:
@@ -1697,26 +1638,22 @@ def command_train(args):
         run.finish(shape, metrics, accuracy=metrics[-1]["test_accuracy"], classes=data.classes,
                    search=read_info(args.shape).get("settings"),
                    teacher_accuracy=above.get("accuracy"))
-    following = f"tools/export.py {run.path}"
-    if shape == full:
-        following = f"tas.py search DATA --arch {args.arch} --flops 0.5"
-    print_result(args, f"{run.path}: {args.arch}, accuracy {run.info['result']['accuracy']:.2f}% on "
-                 f"{args.data}, {summary(shape)}", following)
+    print_result(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
+                 f"{args.data}, {summary(shape)}",
+                 f"tas.py search DATA --arch {args.arch} --flops {FLOPS}" if shape == full else
+                 f"tools/export.py {run.path}")
 
 def plan_search(args):
     """All that can go wrong before a search: its device, data, space, target in MACs, and a Shape
     in the band, which is that of the methods that do not search."""
     require(args.method != "uniform" or args.search == "both",
             f"--method uniform keeps all depths; leave --search {args.search} out")
-    data = open_data(args, args.arch)
-    fill_schedule(args, data, SEARCH_EPOCHS, halves=2 if args.method == "tas" else 1)
+    data = open_data(args, args.arch, SEARCH_EPOCHS, halves=2 if args.method == "tas" else 1)
     space = Space(args.arch, len(data.classes), args.image_size, args.search, args.round)
     target = parse_target(args.flops, count_macs(space.full))
     if args.method == "uniform":
-        shape = scale_shape(space, target, args.tolerance, args.round)
-    else:
-        shape = draw_shape(space, target, args.tolerance)
-    return data, space, target, shape
+        return data, space, target, scale_shape(space, target, args.tolerance, args.round)
+    return data, space, target, draw_shape(space, target, args.tolerance)
 
 def command_search(args):
     """Search the sizes of --arch that meet --flops; leaves shape.json."""
@@ -1724,30 +1661,28 @@ def command_search(args):
     if args.arch_lr is None:
         steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
         args.arch_lr = min(MOST_ARCH_LR, ARCH_LR * max(1, ARCH_STEPS / max(1, steps)))
-    own = ("arch", "search", "method", "num_samples", "sampler", "align", "round", "tolerance",
-           "arch_lr")
-    run = Run(args, data, "search", target=target, **{name: getattr(args, name) for name in own})
-    if run.info.get("result") is None:
-        metrics, result = [], {}
+    run = Run(args, data, "search", target=target, **{name: getattr(args, name) for name in (
+        "arch", "search", "method", "num_samples", "sampler", "align", "round", "tolerance",
+        "arch_lr")})
+    if run.result is None:
+        metrics = []
         if args.method == "tas":
             torch.manual_seed(args.seed)
             shape, metrics = search(run, data, space, target)
-            for name in ("val_accuracy", "width_discrepancy", "depth_discrepancy"):
-                result[name] = metrics[-1][name]
-        run.finish(shape, metrics, **result)
+        told = ("val_accuracy", "width_discrepancy", "depth_discrepancy") if metrics else ()
+        run.finish(shape, metrics, **{name: metrics[-1][name] for name in told})
     teacher = run.path.parent / "teacher"
     print_result(args, f"{run.path / 'shape.json'}: {summary(Shape.load(run.path))}; target "
-                 f"{target / 1e6:.2f}M",
-                 f"tas.py train DATA --shape {run.path / 'shape.json'} --teacher "
-                 f"{teacher if teacher.exists() else 'DIR'}")
+                 f"{target / 1e6:.2f}M", f"tas.py train DATA --shape {run.path / 'shape.json'} "
+                 f"--teacher {teacher if teacher.exists() else 'DIR'}")
 
 def command_prune(args):
     """Train the teacher, search the sizes, distil the pruned network; finished parts are kept."""
     base, transfer = Path(args.out or base_directory(args)), args.transfer or "kd"
 
-    def part(command, name, more_follows=True, **changes):
-        changes |= {"command": command, "out": base / name, "more_follows": more_follows}
-        return argparse.Namespace(**{**vars(args), "shape": None, **changes})
+    def part(command, name, **changes):
+        common = {"command": command, "out": base / name, "shape": None, "more_follows": True}
+        return argparse.Namespace(**{**vars(args), **common, **changes})
 
     _, space, *_ = plan_search(part("search", "search"))  # before hours of training
     teacher = args.teacher
@@ -1757,14 +1692,14 @@ def command_prune(args):
         teacher = base / "teacher"
         command_train(part("train", "teacher", transfer="none"))
     command_search(part("search", "search"))
-    command_train(part("train", "pruned", more_follows=False, shape=base / "search",
-                       teacher=teacher, transfer=transfer))
+    command_train(part("train", "pruned", shape=base / "search", teacher=teacher,
+                       transfer=transfer, more_follows=False))
 
 def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
     net = load(args.dir, trained=True)
     args.image_size = args.image_size or net.shape.image_size
-    data = open_data(args, net.shape.arch)
+    data = open_data(args, net.shape.arch, TRAIN_EPOCHS)
     require(len(data.classes) == net.shape.num_classes, f"{args.dir} has {net.shape.num_classes} "
             f"classes, the data {len(data.classes)}; give the --data that it was trained on")
     if args.precision == "auto":  # as in the last epoch of the run
@@ -1788,90 +1723,73 @@ def number(kind, low, high):
         raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low} to {high}")
     return parse
 
-def add_options(parser, title, *options):
-    """Add a group of options, each (flag, argument type or choices, default, help)."""
-    group = parser.add_argument_group(title)
-    for flag, kind, default, text in options:
-        choices = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        group.add_argument(flag, default=default, help=text, metavar=flag.upper().split("-")[-1],
-                           **choices)
-
-def add_data(parser):
-    names = ("cifar10", "cifar100", "imagenet", "folder", "synthetic")
-    parser.add_argument("--data", choices=names, metavar="DATA", required=True,
-                        help=f"needed: {' '.join(names)}")
-    add_options(
-        parser, "data",
-        ("--data-dir", str, "data", "where the data is, or goes (data)"),
-        ("--image-size", number(int, 8, 1024), None, "pixels (32 or 224); up to 64: in memory"),
-        ("--workers", number(int, 0, 256), min(8, os.cpu_count()),
-         "processes that read images (as many as processors, at most 8)"),
-        ("--batch-size", number(int, 1, 10 ** 6), BATCH_SIZE, "over all processes (256, paper)"))
-    add_options(
-        parser, "running",
-        ("--seed", number(int, 0, 2 ** 62), 0, "of everything random (0)"),
-        ("--device", str, "auto", "cpu, cuda, ... (auto: cuda where there is one)"),
-        ("--precision", ("auto", "fp32", "bf16"), "auto",
-         "auto fp32 bf16 (auto: bf16 where it is native)"))
-
-def add_training(parser):
-    add_options(
-        parser, "training",
-        ("--epochs", number(int, 1, 10 ** 5), None,
-         "train 300, search 600, above 64 pixels 120 (paper)"),
-        ("--lr", number(float, 1e-9, 1e9), LR, "of the weights, cosine to 0 (0.1, paper)"),
-        ("--weight-decay", number(float, 0, 1), None, "5e-4, above 64 pixels 1e-4 (paper)"),
-        ("--compile", ("auto", "on", "off"), "auto", "auto on off (auto: on CUDA)"),
-        ("--out", str, None, "where results go (runs/DATA-ARCH/STEP)"))
-    parser.add_argument("--quiet", action="store_true", help="print results only")
-
-def add_search(parser):
-    add_options(
-        parser, "search",
-        ("--flops", str, FLOPS, "MACs: fraction of the unpruned, or such as 59.5M (0.5, ours)"),
-        ("--tolerance", number(float, 0.001, 0.5), TOLERANCE,
-         "half-width of the band (0.05, paper)"),
-        ("--round", number(int, 1, 64), 1, "candidate widths in multiples of this (1, paper)"),
-        ("--arch-lr", number(float, 1e-9, 1e9), None, "Adam's rate for alpha and beta (ours: the "
-         "paper's 1e-3 x 59,000 / steps, at least 1e-3, at most 0.05)"),
-        ("--search", ("both", "width", "depth"), "both", "both width depth (both, paper)"),
-        ("--method", ("tas", "random", "uniform"), "tas",
-         "tas; random: any sizes; uniform: one factor for all widths (tas, paper)"),
-        ("--num-samples", number(int, 1, 8), NUM_SAMPLES, "candidates mixed, 1 to 8 (2, paper)"),
-        ("--sampler", ("gumbel", "softmax"), "gumbel", "gumbel softmax (gumbel, paper)"),
-        ("--align", ("cwi", "pad"), "cwi",
-         "unequal widths: cwi, or pad with zeros (cwi, paper)"))
-
-def add_transfer(parser):
-    add_options(
-        parser, "knowledge transfer",
-        ("--teacher", str, None, "directory of the trained unpruned network, or torchvision"),
-        ("--transfer", tuple(TRANSFERS), None,
-         "none; init: copy its first channels; kd: distil (kd with a teacher)"))
-
 def build_parser():
-    """The command line. Defaults are those of the hyper-parameters above."""
+    """The command line."""
     parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for function, parts in ((command_train, (add_transfer, add_data, add_training)),
-                            (command_search, (add_search, add_data, add_training)),
-                            (command_prune, (add_search, add_transfer, add_data, add_training)),
-                            (command_eval, (add_data,))):
+    for function in (command_train, command_search, command_prune, command_eval):
+        name = function.__name__.removeprefix("command_")
         command = commands.add_parser(
-            function.__name__.removeprefix("command_"), help=function.__doc__,
-            description=f"{function.__doc__} Defaults are in parentheses, with their source.",
-            formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28))
+            name, help=function.__doc__, description=function.__doc__,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(function=function, more_follows=False)
-        if function == command_eval:
-            command.add_argument("dir", metavar="DIR", help="directory of a finished train")
+        if name == "eval":
+            command.add_argument("dir", help="directory of a finished train")
+            command.set_defaults(epochs=None, weight_decay=None)
         else:
-            command.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH",
-                                 required=function != command_train, help=" ".join(ARCHS))
-        if function == command_train:
+            command.add_argument("--arch", choices=ARCHS, required=name != "train")
+            add_training_options(command)
+        if name == "train":
             command.add_argument("--shape", help="shape.json of a pruned network, for --arch")
-        for part in parts:
-            part(command)
+        if name in ("search", "prune"):
+            add_search_options(command)
+        if name in ("train", "prune"):
+            command.add_argument("--teacher", help="directory of the trained unpruned network, or "
+                                 "torchvision")
+            command.add_argument("--transfer", choices=TRANSFERS, help="kd with a teacher: distil; "
+                                 "init: copy its first channels")
+        add_data_options(command)
     return parser
+
+def add_data_options(command):
+    add = command.add_argument
+    names = "cifar10", "cifar100", "imagenet", "folder", "synthetic"
+    add("--data", choices=names, required=True)
+    add("--data-dir", default="data", help="where the data is, or goes")
+    add("--image-size", type=number(int, 8, 1024), help="pixels, 32 or 224; up to 64: in memory")
+    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count()),
+        help="processes that read images")
+    add("--batch-size", type=number(int, 1, 10 ** 6), default=BATCH_SIZE,
+        help="images, over all processes")
+    add("--seed", type=number(int, 0, 2 ** 62), default=0, help="of everything random")
+    add("--device", default="auto", help="cpu, cuda, ...; auto: cuda where there is one")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it "
+        "is native")
+
+def add_training_options(command):
+    add = command.add_argument
+    add("--epochs", type=number(int, 1, 10 ** 5), help="of training 300, of a search 600, of images "
+        "above 64 pixels 120")
+    add("--lr", type=number(float, 1e-9, 1e9), default=LR, help="of the weights, at its highest")
+    add("--weight-decay", type=number(float, 0, 1), help="5e-4, of images above 64 pixels 1e-4")
+    add("--compile", choices=("on", "off"), default="off", help="torch.compile")
+    add("--out", help="where results go (runs/DATA-ARCH/STEP)")
+    add("--quiet", action="store_true", help="print results only")
+
+def add_search_options(command):
+    add = command.add_argument
+    add("--flops", default=FLOPS, help="MACs: fraction of the unpruned, or such as 59.5M")
+    add("--tolerance", type=number(float, 0.001, 0.5), default=TOLERANCE,
+        help="half-width of the band, fraction of the target")
+    add("--round", type=number(int, 1, 64), default=1, help="widths in multiples of this")
+    add("--arch-lr", type=number(float, 1e-9, 1e9), help="Adam's rate for alpha and beta, 1e-3 x "
+        "59,000 / steps within 1e-3 and 0.05")
+    add("--search", choices=("both", "width", "depth"), default="both", help="what is searched")
+    add("--method", choices=("tas", "random", "uniform"), default="tas", help="random: any sizes; "
+        "uniform: one factor for all widths")
+    add("--num-samples", type=number(int, 1, 8), default=NUM_SAMPLES, help="candidates mixed")
+    add("--sampler", choices=("gumbel", "softmax"), default="gumbel")
+    add("--align", choices=("cwi", "pad"), default="cwi", help="unequal widths: interpolate or pad")
 
 def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can mend, 130 when stopped."""
