@@ -789,7 +789,7 @@ def extreme_way(chain, extreme):
         if link.before:
             options = zip(*[totals[j] for j, _ in link.before])
             inputs = [extreme(same_width) for same_width in options]
-        spent = torch.tensor([macs for macs, _ in inputs]).double()
+        spent = torch.tensor([macs for macs, _ in inputs], dtype=torch.float64)
         macs = (spent[:, None, None] + link.macs).flatten(0, 1)  # [A W, O]
         totals.append([])
         for o, column in enumerate(macs.T.tolist()):
