@@ -1,7 +1,31 @@
 #!/usr/bin/env bash
-# bash reproduce.sh smoke | test | cpu | [table] [--dry-run]
+# bash reproduce.sh NAME [--dry-run]; `bash reproduce.sh help` lists the names. A finished part is
+# skipped and an unfinished one is resumed, so the same command goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")"
+
+help() {
+    cat <<'END'
+bash reproduce.sh NAME [--dry-run]     --dry-run prints the commands and what they cost
+
+  smoke      teacher, search and distillation on synthetic data: a minute or two on two cores
+  test       the tests
+  cpu        ResNet-20 on CIFAR-10 at 0.55 of the MACs, short schedule: two days of two cores
+  budgets    the same at 0.2, 0.3 and 0.4 of the MACs
+  full20     ResNet-20 on CIFAR-10 with the paper's schedule: a day of two quiet cores
+  table      the paper's rows of TAS with KD, CIFAR-10 and CIFAR-100 (and ImageNet's where IMAGENET
+             names its folder); the name may be left out
+  table1     CIFAR-100, ResNet-32: how sizes are found x how knowledge is transferred
+  table2     CIFAR-10, ResNet-32: 1, 2, 3, 5 and 8 candidates mixed
+  table3     CIFAR-10, ResNet-56: widths, depths and both
+  figure3    CIFAR-10, ResNet-56, search alone: interpolation or padding x Gumbel or softmax, and
+             without cost
+
+  SEEDS="0 1 2" repeats; EPOCHS=1 DATA=synthetic BATCH=512 makes a trial of minutes of it;
+  ROOT=DIR puts the runs there (runs/NAME). cpu, budgets and full20 read CIFAR-10 as image files
+  from data/cifar10 unless DATA says otherwise.
+END
+}
 
 setup() {  # a python that has the packages is used, else the active environment or .venv gets them
     local packages='import torch, torchvision, tqdm, matplotlib, pytest, hypothesis'
@@ -13,95 +37,216 @@ setup() {  # a python that has the packages is used, else the active environment
     python -c "$packages" 2>/dev/null || python -m pip install -r requirements.txt
 }
 
-tas() { python tas.py "$@"; }
+run() {  # a command, or in a dry run its line
+    if [ -n "$dry" ]; then echo "python $*"; else python "$@"; fi
+}
 
-smoke() {  # teacher, search and distillation on synthetic data
-    tas prune --data synthetic --arch resnet20 --flops 0.5 --epochs "${EPOCHS:-4}" \
+cost() {  # MACs of the unpruned network in millions, thousands of images, passes through each image
+    [ -z "$dry" ] || awk -v m="$1" -v n="$2" -v passes="$3" 'BEGIN { p = m * n * passes / 1e6
+        printf "    about %.2f x 10^15 MACs: %.1f hours at 10^12 MACs a second\n", p, p / 3.6 }'
+}
+
+# Passes: a training step costs three forward passes of its images (forward and twice backward), a
+# search step three of one half and two of the other, distillation one of the teacher more.
+passes() {  # epochs of the teacher, of the search, of how many pruned networks, kept share of MACs
+    awk -v t="${EPOCHS:-$1}" -v s="${EPOCHS:-$2}" -v e="${EPOCHS:-300}" -v k="$3" -v f="$4" \
+        -v teacher="$1" -v search="$2" 'BEGIN { print 3 * t * (teacher > 0) \
+            + 2.5 * s * (search > 0) + k * (3 * f + 1) * e }'
+}
+
+smoke() {
+    run tas.py prune --data synthetic --arch resnet20 --flops 0.5 --epochs "${EPOCHS:-4}" \
         --batch-size 64 --out runs/smoke
-    tas report runs/smoke
+    run tools/report.py runs/smoke
 }
 
-# The CPU study: ResNet-20 on CIFAR-10 at 0.55 of the MACs; one schedule for all rows. A finished
-# part is skipped and an unfinished one is resumed, so the same command goes on where it stopped.
-STUDY=${STUDY:-results/cifar10-resnet20-cpu}
-place=(--data "${DATA:-folder}" --data-dir "${DATA_DIR:-data/cifar10}")
+test() { run -m pytest -q test_tas.py tools; }
 
-row() {  # row NAME SEED TRANSFER [search flags]: find a shape, train it
-    local name=$1 seed=$2 transfer=$3 dir=$STUDY/$1-$2
-    shift 3
-    tas search "${place[@]}" --arch resnet20 --flops 0.55 --epochs 12 --seed "$seed" \
-        --out "$dir/search" "$@"
-    tas train "${place[@]}" --shape "$dir/search/shape.json" --teacher $STUDY/teacher \
-        --transfer "$transfer" --epochs 15 --seed "$seed" --out "$dir/$transfer"
+# ---- Studies on a CPU ---------------------------------------------------------------------------
+
+small=(--data "${DATA:-folder}" --data-dir "${DATA_DIR:-data/cifar10}" ${BATCH:+--batch-size "$BATCH"})
+
+row() {  # row STUDY NAME SEED TRANSFER EPOCHS TARGET [search flags]: find a shape, train it
+    local dir=$1/$2-$3 seed=$3 transfer=$4 epochs=$5 target=$6
+    shift 6
+    run tas.py search "${small[@]}" --arch resnet20 --flops "$target" --seed "$seed" \
+        --epochs "${EPOCHS:-12}" --out "$dir/search" "$@"
+    run tas.py train "${small[@]}" --shape "$dir/search/shape.json" --teacher "$teacher" \
+        --transfer "$transfer" --epochs "${EPOCHS:-$epochs}" --seed "$seed" --out "$dir/$transfer"
 }
 
-published() {  # published SEED TRANSFER
-    tas train "${place[@]}" --shape shapes/cifar10-resnet20.json --teacher $STUDY/teacher \
-        --transfer "$2" --epochs 15 --seed "$1" --out "$STUDY/published-$1/$2"
+published() {  # published STUDY SEED TRANSFER EPOCHS
+    run tas.py train "${small[@]}" --shape shapes/cifar10-resnet20.json --teacher "$teacher" \
+        --transfer "$3" --epochs "${EPOCHS:-$4}" --seed "$2" --out "$1/published-$2/$3"
 }
 
 cpu() {  # most telling first
-    tas train "${place[@]}" --arch resnet20 --epochs 20 --out $STUDY/teacher
+    local study=${ROOT:-results/cifar10-resnet20-cpu} seed transfer
+    teacher=$study/teacher
+    run tas.py train "${small[@]}" --arch resnet20 --epochs "${EPOCHS:-20}" --out "$teacher"
     seeds() {  # seeds TRANSFER SEED ...
-        local transfer=$1 seed
+        transfer=$1
         for seed in "${@:2}"; do
-            row tas "$seed" "$transfer"
-            row uniform "$seed" "$transfer" --method uniform
-            row random "$seed" "$transfer" --method random
+            row "$study" tas "$seed" "$transfer" 15 0.55
+            row "$study" uniform "$seed" "$transfer" 15 0.55 --method uniform
+            row "$study" random "$seed" "$transfer" 15 0.55 --method random
         done
     }
     seeds kd 0 1
-    row all 0 kd --num-samples 8  # two remedies of a weak search: less noise, and more epochs
-    row long 0 kd --epochs 24
-    published 0 kd
-    row width 0 kd --search width
-    row depth 0 kd --search depth
-    row pad 0 kd --align pad
+    row "$study" all 0 kd 15 0.55 --num-samples 8  # two remedies of a weak search: less noise,
+    row "$study" long 0 kd 15 0.55 --epochs "${EPOCHS:-24}"  # and more epochs
+    published "$study" 0 kd 15
+    row "$study" width 0 kd 15 0.55 --search width
+    row "$study" depth 0 kd 15 0.55 --search depth
+    row "$study" pad 0 kd 15 0.55 --align pad
     seeds kd 2
-    published 1 kd
-    published 2 kd
+    for seed in 1 2; do published "$study" "$seed" kd 15; done
     seeds none 0 1 2
-    for seed in 0 1 2; do published "$seed" none; done
-    tas report $STUDY/tas-0 $STUDY --out $STUDY  # the figure is of the first
+    for seed in 0 1 2; do published "$study" "$seed" none 15; done
+    cost 41 50 "$(passes 20 0 0 0.55 | awk '{print $1 + 7 * 2.5 * 12 + 29 * 2.65 * 15}')"
+    run tools/report.py "$study/tas-0" "$study" --out "$study"
 }
 
-# The paper's CIFAR tables (and ImageNet's where IMAGENET names a folder), on a GPU. Finished parts
-# are skipped. EPOCHS, DATA and BATCH shorten the plan for a trial; --dry-run only prints it.
-plan() {  # data, arch, kept MACs, MACs in millions, thousands of images, epochs, those of the search
-    printf '%s\n' "cifar10 resnet20 0.550 41 50 300 600" "cifar10 resnet32 0.506 69 50 300 600" \
-        "cifar10 resnet56 0.473 126 50 300 600" "cifar10 resnet110 0.470 253 50 300 600" \
-        "cifar10 resnet164 0.719 248 50 300 600" "cifar100 resnet20 0.550 41 50 300 600" \
-        "cifar100 resnet32 0.615 69 50 300 600" "cifar100 resnet56 0.487 126 50 300 600" \
-        "cifar100 resnet110 0.474 253 50 300 600" "cifar100 resnet164 0.691 248 50 300 600"
-    [ -z "${IMAGENET:-}" ] || printf '%s\n' "imagenet resnet18 0.667 1814 1281 120 120" \
-        "imagenet resnet50 0.565 4089 1281 120 120"
+budgets() {
+    local study=${ROOT:-results/cifar10-resnet20-budgets} seed target
+    teacher=results/cifar10-resnet20-cpu/teacher
+    small+=(--precision bf16)
+    for seed in ${SEEDS:-0 1}; do
+        for target in 0.3 0.2 0.4; do
+            row "$study" "uniform-$target" "$seed" kd 15 "$target" --method uniform
+            row "$study" "tas-$target" "$seed" kd 15 "$target"
+        done
+        for target in 0.3 0.2 0.4; do
+            row "$study" "depth-$target" "$seed" kd 15 "$target" --search depth
+            row "$study" "random-$target" "$seed" kd 15 "$target" --method random
+        done
+    done
+    for target in 0.3 0.2 0.4; do
+        row "$study" "random-$target" 2 kd 15 "$target" --method random
+    done
+    cost 41 50 "$(awk 'BEGIN { print 12 * 2.5 * 12 + 27 * 1.9 * 15 }')"
+    run tools/report.py "$study"
 }
 
-table() {
-    local root=runs/table data arch flops macs images epochs searched
-    while read -r data arch flops macs images epochs searched; do
-        set -- prune --data "${DATA:-$data}" --arch "$arch" --flops "$flops" \
-            --out "$root/$data-$arch" ${EPOCHS:+--epochs "$EPOCHS"} ${BATCH:+--batch-size "$BATCH"}
-        [ "$data" != imagenet ] || set -- "$@" --data-dir "$IMAGENET"
-        echo "python tas.py $*"
-        # A training step costs three forward passes of its images, a search step three of one half
-        # and two of the other, distillation one of the teacher more.
-        [ -z "$dry" ] || awk -v f="$flops" -v m="$macs" -v n="$images" -v e="${EPOCHS:-$epochs}" \
-            -v s="${EPOCHS:-$searched}" 'BEGIN {
-            p = m * n * (3 * e + 2.5 * s + (3 * f + 1) * e) / 1e6
-            printf "    about %.1f x 10^15 MACs: %.1f hours at 10^12 MACs a second\n", p, p / 3.6}'
-        [ -n "$dry" ] || tas "$@"
-    done < <(plan)
-    [ -n "$dry" ] || tas report "$root"
+full20() {
+    local study=${ROOT:-results/cifar10-resnet20-full}
+    teacher=$study/teacher
+    small+=(--precision bf16)
+    run tas.py train "${small[@]}" --arch resnet20 --epochs "${EPOCHS:-300}" --out "$teacher"
+    published "$study" 0 kd 300
+    row "$study" tas 0 kd 300 0.55 --epochs "${EPOCHS:-600}"
+    row "$study" uniform 0 kd 300 0.55 --method uniform
+    row "$study" random 0 kd 300 0.55 --method random
+    cost 41 50 "$(passes 300 600 4 0.55)"
+    run tools/report.py "$study"
 }
 
-mode=${1:-table} dry=
-case "$*" in
-    smoke | test | cpu | table | "") setup ;;
-    --dry-run | "table --dry-run") mode=table dry=yes ;;
-    *) echo "usage: bash reproduce.sh smoke | test | cpu | [table] [--dry-run]" >&2; exit 2 ;;
+# ---- The paper's experiments, on a GPU ----------------------------------------------------------
+
+trial=(${EPOCHS:+--epochs "$EPOCHS"} ${BATCH:+--batch-size "$BATCH"})
+
+table() {  # the targets are the achieved costs of the paper's rows
+    local root=${ROOT:-runs/table} data arch share macs images epochs searched seed
+    while read -r data arch share macs images epochs searched; do
+        for seed in ${SEEDS:-0}; do
+            set -- tas.py prune --data "${DATA:-$data}" --arch "$arch" --flops "$share" \
+                --seed "$seed" --out "$root/$data-$arch-$seed" "${trial[@]}"
+            [ "$data" != imagenet ] || set -- "$@" --data-dir "$IMAGENET"
+            run "$@"
+            cost "$macs" "$images" "$(passes "$epochs" "$searched" 1 "$share")"
+        done
+    done < <(
+        printf '%s 300 600\n' "cifar10 resnet20 0.550 41 50" "cifar10 resnet32 0.506 69 50" \
+            "cifar10 resnet56 0.473 126 50" "cifar10 resnet110 0.470 253 50" \
+            "cifar10 resnet164 0.719 248 50" "cifar100 resnet20 0.550 41 50" \
+            "cifar100 resnet32 0.615 69 50" "cifar100 resnet56 0.487 126 50" \
+            "cifar100 resnet110 0.474 253 50" "cifar100 resnet164 0.691 248 50"
+        [ -z "${IMAGENET:-}" ] || printf '%s 120 120\n' "imagenet resnet18 0.667 1814 1281" \
+            "imagenet resnet50 0.565 4089 1281")
+    run tools/report.py "$root"
+}
+
+teacher() {  # teacher DATA ARCH MACS SEED
+    run tas.py train --data "${DATA:-$1}" --arch "$2" --seed "$4" --out "$root/teacher-$4" \
+        "${trial[@]}"
+    cost "$3" 50 "$(passes 300 0 0 1)"
+}
+
+ablation() {  # ablation DATA ARCH MACS SHARE NAME SEED "TRANSFER ..." [search flags]
+    local data=${DATA:-$1} arch=$2 macs=$3 share=$4 dir=$root/$5-$6 seed=$6 transfers=$7 transfer
+    shift 7
+    local teacher=$root/teacher-$seed searched=600
+    run tas.py search --data "$data" --arch "$arch" --flops "$share" --seed "$seed" \
+        --out "$dir/search" "${trial[@]}" "$@"
+    for transfer in $transfers; do
+        run tas.py train --data "$data" --shape "$dir/search/shape.json" --teacher "$teacher" \
+            --transfer "$transfer" --seed "$seed" --out "$dir/$transfer" "${trial[@]}"
+    done
+    case "$*" in *random* | *uniform*) searched=0 ;; esac
+    cost "$macs" 50 "$(passes 0 "$searched" "$(wc -w <<<"$transfers")" "$share")"
+}
+
+table1() {
+    local root=${ROOT:-runs/table1} seed
+    for seed in ${SEEDS:-0}; do
+        set -- cifar100 resnet32 69
+        teacher "$@" "$seed"
+        ablation "$@" 0.595 predefined "$seed" "none init kd" --method uniform
+        ablation "$@" 0.620 random "$seed" "none init kd" --method random --search width
+        ablation "$@" 0.615 tas "$seed" "none init kd" --search width
+    done
+    run tools/report.py "$root"
+}
+
+table2() {
+    local root=${ROOT:-runs/table2} seed mixed
+    for seed in ${SEEDS:-0}; do
+        teacher cifar10 resnet32 69 "$seed"
+        for mixed in 1 2 3 5 8; do
+            ablation cifar10 resnet32 69 0.506 "mixed$mixed" "$seed" kd --num-samples "$mixed"
+        done
+    done
+    run tools/report.py "$root"
+    run tools/bench.py resnet32 --candidates 1 2 3 5 8 ${BATCH:+--batch-size "$BATCH"} \
+        --json "$root/bench.json"
+}
+
+table3() {
+    local root=${ROOT:-runs/table3} seed what
+    for seed in ${SEEDS:-0}; do
+        teacher cifar10 resnet56 126 "$seed"
+        for what in width depth both; do
+            ablation cifar10 resnet56 126 0.473 "$what" "$seed" kd --search "$what"
+        done
+    done
+    run tools/report.py "$root"
+}
+
+figure3() {
+    local root=${ROOT:-runs/figure3} seed align sampler
+    for seed in ${SEEDS:-0}; do
+        for align in cwi pad; do
+            for sampler in gumbel softmax; do
+                ablation cifar10 resnet56 126 0.473 "$align-$sampler" "$seed" "" \
+                    --align "$align" --sampler "$sampler"
+            done
+        done
+        ablation cifar10 resnet56 126 0.473 no-cost "$seed" "" --cost-weight 0
+    done
+    run tools/report.py "$root"
+}
+
+name=${1:-table} dry=
+[ "${*: -1}" != --dry-run ] || dry=yes
+[ "$name" != --dry-run ] || name=table
+case "$#$dry:$name" in
+    0:table | [12]*yes:* | 1:*) ;;
+    *) help >&2; exit 2 ;;
 esac
-case $mode in
-    test) python -m pytest -q test_tas.py ;;
-    *) $mode ;;
+case $name in
+    help) help; exit ;;
+    smoke | test | cpu | budgets | full20 | table | table1 | table2 | table3 | figure3) ;;
+    *) help >&2; exit 2 ;;
 esac
+[ -n "$dry" ] || setup
+$name
