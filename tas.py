@@ -42,6 +42,7 @@ import torch.nn.functional as F
 # The search space and the budget.
 WIDTH_TENTHS = range(3, 11)     # candidate widths, in tenths of a conv's channels (paper)
 DENSE_DEPTHS = 3                # stages of at most 3 blocks: any depth; else odd and full (paper)
+WIDEST = 8                      # a Shape has at most so many times the unpruned channels (ours)
 FLOPS = "0.5"                   # target, fraction of the unpruned MACs (ours; the paper's vary)
 TOLERANCE = 0.05                # half-width of the band, fraction of the target (paper)
 REFINEMENTS = 1, 8, 64, 512     # of the cells of `extract` (ours; the first nearly always serves)
@@ -75,6 +76,7 @@ CROP_PADDING = 4                # pixels, black; then a crop of the first size (
 LARGEST_IN_MEMORY = 64          # pixels; images above are read on the fly and have, in place of ...
 LARGE_EPOCHS = 120              # ... 300 and 600 (paper)
 LARGE_WEIGHT_DECAY = 1e-4       # ... 5e-4 (paper)
+TOP5_CLASSES = 100              # more classes than these: top-5 accuracy, too (ours)
 COLOUR_JITTER = 0.4             # of brightness, contrast, saturation (paper)
 RESIZE = 256 / 224              # of a test image before the centre crop (paper)
 MEAN = 0.485, 0.456, 0.406      # torchvision's, for all data (ours: a network needs no
@@ -168,7 +170,7 @@ def check_list(name, value, low, high):
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """The size of one network. stem: channels of the first conv; stages[s][b]: channels of the
-    convs of each kept block. TASError names the field that is no pruned size of `arch`."""
+    convs of each kept block, which may exceed those of `arch`. TASError names a wrong field."""
 
     arch: str
     num_classes: int
@@ -180,14 +182,14 @@ class Shape:
         unpruned = find_arch(self.arch).stages
         check_whole("num_classes", self.num_classes, 2, 25_000)
         check_whole("image_size", self.image_size, 8, 1024)
-        check_whole("stem", self.stem, 1, unpruned[0][0][0])
+        check_whole("stem", self.stem, 1, WIDEST * unpruned[0][0][0])
         check_list("stages", self.stages, len(unpruned), len(unpruned))
         for s, (blocks, most) in enumerate(zip(self.stages, unpruned)):
             check_list(f"stages[{s}]", blocks, 1, len(most))
             for b, widths in enumerate(blocks):
                 check_list(f"stages[{s}][{b}]", widths, len(most[b]), len(most[b]))
                 for i, width in enumerate(widths):
-                    check_whole(f"stages[{s}][{b}][{i}]", width, 1, most[b][i])
+                    check_whole(f"stages[{s}][{b}][{i}]", width, 1, WIDEST * most[b][i])
         copied = [[list(widths) for widths in blocks] for blocks in self.stages]
         object.__setattr__(self, "stages", copied)  # past the frozen dataclass
 
@@ -284,9 +286,13 @@ def candidate_widths(channels, round_to):
         widths.add(min(max(nearest, round_to), channels))
     return tuple(sorted(widths))
 
-def candidate_depths(blocks):
-    """All numbers of blocks of a short stage; odd numbers, and all blocks, of a long one."""
-    return (*range(1, blocks, 1 if blocks <= DENSE_DEPTHS else 2), blocks)
+def candidate_depths(arch):
+    """Numbers of blocks of each stage. CIFAR: all of a short stage; odd ones, and all blocks, of a
+    long one. ImageNet: as many for each stage, in equal parts of it (the authors' code)."""
+    if not arch.small:
+        parts = min(arch.depths)
+        return [tuple(n * j // parts for j in range(1, parts + 1)) for n in arch.depths]
+    return [(*range(1, n, 1 if n <= DENSE_DEPTHS else 2), n) for n in arch.depths]
 
 class Space:
     """What may be pruned of `full`, an unpruned Shape (paper: search space). widths[j]: candidate
@@ -300,7 +306,7 @@ class Space:
         if search != "depth":
             self.widths = [candidate_widths(c, round_to) for c in self.full.convs]
         if search != "width":
-            self.depths = [candidate_depths(len(blocks)) for blocks in self.full.stages]
+            self.depths = candidate_depths(ARCHS[arch])
         self.tabulate()
 
     def tabulate(self):
@@ -438,6 +444,10 @@ class ResNet(nn.Module):
             self.add_module(f"layer{s + 1}", layer)
         self.fc = nn.Linear(c, shape.num_classes)
         self.apply(init_conv)
+        if not arch.small:  # residual branches start at zero (authors' code)
+            for block in self.modules():
+                if isinstance(block, Block):
+                    nn.init.zeros_(getattr(block, f"bn{block.num_convs}").weight)
 
     def forward(self, x):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))  # [N, stem, H, W]; ImageNet H/4, W/4
@@ -473,15 +483,15 @@ class Sample(NamedTuple):
 
 def sample_sizes(alpha, beta, tau, num_samples=NUM_SAMPLES, gumbel=True):
     """Gumbel-Softmax over sizes (paper: sampled sizes): a Sample, differentiable in the logits
-    alpha [convs, K] and beta [stages, D]; tau > 0. z = (log p + g) / tau, where gumbel=False leaves
-    g out (ablation). No host sync."""
+    alpha [convs, K] and beta [stages, D]; tau > 0. z = (log p + g) / tau; gumbel=False takes the
+    plain probabilities, z = log p (ablation). No host sync."""
     def gumbel_noise(logits):
         return -torch.empty_like(logits).exponential_().log()
 
     def perturb(logits):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         log_p = logits.log_softmax(-1, dtype=dtype)
-        return (log_p + gumbel_noise(log_p) if gumbel else log_p) / tau
+        return (log_p + gumbel_noise(log_p)) / tau if gumbel else log_p
 
     z = perturb(alpha)  # [convs, K]
     # The largest of z + a second noise are a draw with probabilities softmax(z), without repeats.
@@ -576,6 +586,7 @@ class SuperResNet(nn.Module):
         self.alpha = initial_logits(space.widths, space.num_widths)
         self.beta = initial_logits(space.depths, space.num_depths)
         self.apply(init_conv)
+        last_convs = [block.convs[-1] for stage in self.stages for block in stage]
         self.groups = {}  # channels -> the searched convs that have as many
         for module in self.modules():
             if isinstance(module, MixedConv):
@@ -589,6 +600,10 @@ class SuperResNet(nn.Module):
                 widths[g, :len(candidates)] = candidates
             rows = torch.tensor([conv.row for conv in convs])
             self.mixes.append(ChannelMix(channels, widths, rows, align))
+            if not space.arch.small:  # as in ResNet
+                with torch.no_grad():
+                    for g, conv in enumerate(convs):
+                        self.mixes[-1].scale[g] *= conv not in last_convs
 
     def probabilities(self):
         """p [convs, K] and q [stages, D]."""
@@ -851,10 +866,13 @@ def kd_loss(student_logits, teacher_logits, labels, weight=KD_WEIGHT, temperatur
 @torch.no_grad()
 def inherit_weights(student, teacher):
     """Copy the first channels of every layer of `teacher` into `student` (paper: Init), both
-    ResNets; layers that only the student has keep theirs. Returns the student."""
+    ResNets; layers that only the student has keep theirs. Returns the student. TASError where the
+    student is the wider one."""
     source = teacher.state_dict()
     for name, tensor in student.state_dict().items():
         if name in source:
+            require(all(a <= b for a, b in zip(tensor.shape, source[name].shape)),
+                    f"--transfer init: {name} is wider than the teacher's; use another --transfer")
             first = tuple(slice(size) for size in tensor.shape)
             tensor.copy_(source[name][first])
     return student
@@ -863,7 +881,8 @@ class Transfer(NamedTuple):
     """A way to hand the teacher's knowledge to the network in training. Either part may be None."""
 
     prepare: object  # (student, teacher), before the training
-    loss: object     # (student logits, teacher logits, labels) -> 0-d, in place of cross-entropy
+    loss: object     # in place of cross-entropy: (student logits, teacher logits, labels, weight,
+    #                  temperature) -> 0-d
 
 TRANSFERS = {  # --transfer
     "none": Transfer(None, None),
@@ -1093,9 +1112,9 @@ def set_learning_rate(optimizer, step, steps, warmup, highest):
     factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
     optimizer.param_groups[0]["lr"] = highest * factor
 
-def temperature(epoch, epochs):
-    """Gumbel temperature tau of an epoch: linear from TAU_START to TAU_END."""
-    return TAU_START + (TAU_END - TAU_START) * epoch / max(1, epochs - 1)
+def temperature(epoch, epochs, start=TAU_START, end=TAU_END):
+    """Gumbel temperature tau of an epoch, linear over the epochs."""
+    return start + (end - start) * epoch / max(1, epochs - 1)
 
 def training_loss(args, net, teacher, x, y):
     """Of a batch x [N, 3, H, W], y [N], under a teacher if there is one: what is minimised, the
@@ -1104,7 +1123,8 @@ def training_loss(args, net, teacher, x, y):
         logits = net(x).float()
         guide = teacher(x).float() if teacher else None
     if teacher:
-        loss = TRANSFERS[args.transfer].loss(logits, guide, y)
+        distil = TRANSFERS[args.transfer].loss
+        loss = distil(logits, guide, y, args.kd_weight, args.kd_temperature)
     else:
         loss = F.cross_entropy(logits, y)
     return loss, loss, logits
@@ -1123,7 +1143,7 @@ def architecture_loss(args, net, tau, target, x, y):
     p, q = net.probabilities()
     expected, actual = expected_macs(net.space, p, q), argmax_macs(net.space, p, q)
     cost = cost_loss(expected, actual, target, args.tolerance).float()
-    return loss + COST_WEIGHT * cost, loss, logits
+    return loss + args.cost_weight * cost, loss, logits
 
 def take_step(args, net, optimizer, loss_function, *inputs):
     """One step of an optimiser down a loss(args, net, *inputs), whose last inputs are a batch x, y.
@@ -1158,15 +1178,17 @@ def shuffled_batches(split, indices, args):
 
 @torch.no_grad()
 def evaluate(net, split, args):
-    """Accuracy in % on a split, each process on its share."""
+    """Top-1 and top-5 accuracy in % on a split, each process on its share."""
     net.eval()
-    order, right = torch.arange(len(split.labels)), torch.zeros((), device=args.device)
+    order, right = torch.arange(len(split.labels)), torch.zeros(5, device=args.device)
     for x, y in split.batches(order[args.rank::args.world], args.batch_size, False):
         with autocast(args):
-            right += (net(x).argmax(1) == y).sum()
+            logits = net(x)  # [N, classes]
+        best = logits.topk(min(5, logits.shape[1])).indices  # [N, 5]
+        right[:best.shape[1]] += (best == y[:, None]).sum(0)
     if args.world > 1:
         torch.distributed.all_reduce(right)
-    return 100 * right.item() / len(order)
+    return 100 * right[0].item() / len(order), 100 * right.sum().item() / len(order)
 
 def pad_channels(net):
     """Widen every layer of `net` to multiples of CHANNEL_MULTIPLE with zeros, which processors like
@@ -1237,9 +1259,11 @@ def train(run, data, net, teacher=None):
             progress.step(seen)
         average_over_processes([b for b in net.buffers() if b.is_floating_point()], args.world)
         train_loss, train_accuracy = mean_of_steps(run, epoch, seen)
+        top1, top5 = evaluate(net, data.test, args)
+        top5 = {"test_top5": top5} if len(data.classes) > TOP5_CLASSES else {}
         metrics.append({
             "epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy,
-            "test_accuracy": evaluate(net, data.test, args),
+            "test_accuracy": top1, **top5,
             "seconds": round(time.perf_counter() - start, 2)})
         run.save(state, metrics)
         progress.epoch(metrics[-1])
@@ -1268,7 +1292,7 @@ def search(run, data, space, target):
 
     for epoch in range(len(metrics), args.epochs):
         start, weight_seen, arch_seen = time.perf_counter(), [], []
-        tau = temperature(epoch, args.epochs)
+        tau = temperature(epoch, args.epochs, args.tau_start, args.tau_end)
         device_tau.fill_(tau)
         net.train()
         batches = [shuffled_batches(*each, args) for each in zip(splits, halves)]
@@ -1350,6 +1374,10 @@ def load_tensors(path):
 SETTINGS = ("command", "data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
             "precision")  # the arguments that decide the result of any run
 
+OLDER_SETTINGS = {  # what older runs, which do not record it, had
+    "cost_weight": COST_WEIGHT, "tau_start": TAU_START, "tau_end": TAU_END, "kd_weight": KD_WEIGHT,
+    "kd_temperature": KD_TEMPERATURE}
+
 class Run:
     """The directory --out of a command: run.json (settings, versions, command and, when finished,
     the result), metrics.jsonl (a line an epoch) and last.ckpt (the state after the last finished
@@ -1387,8 +1415,11 @@ class Run:
     def compare(self, name, old):
         """TASError where a file of the run has other settings."""
         require(isinstance(old, dict), f"{self.path / name} has no settings; choose another --out")
-        odd = [f"{key} was {str(old.get(key))[:60]}, now {str(self.settings.get(key))[:60]}"
-               for key in sorted({*old, *self.settings}) if old.get(key) != self.settings.get(key)]
+        odd = []
+        for key in sorted({*old, *self.settings}):
+            before, now = old.get(key, OLDER_SETTINGS.get(key)), self.settings.get(key)
+            if before != now:
+                odd.append(f"{key} was {str(before)[:60]}, now {str(now)[:60]}")
         require(not odd, f"{self.path / name} has other settings ({'; '.join(odd)}); choose "
                 "another --out, or the old settings")
 
@@ -1600,7 +1631,8 @@ def command_train(args):
     require_equal(args.shape, shape, full, "the data", "num_classes", "image_size")
     teacher, checksum = load_teacher(args.teacher, shape) if args.teacher else (None, None)
     run = Run(args, data, "teacher" if shape == full else "pruned",
-              shape=dataclasses.asdict(shape), transfer=args.transfer, teacher=checksum)
+              shape=dataclasses.asdict(shape), transfer=args.transfer, teacher=checksum,
+              kd_weight=args.kd_weight, kd_temperature=args.kd_temperature)
     if run.result is None:
         torch.manual_seed(args.seed)
         net, transfer = ResNet(shape), TRANSFERS[args.transfer]
@@ -1610,7 +1642,8 @@ def command_train(args):
         if not args.rank:  # without the padded channels
             save_tensors(run.path / "weights.pt", inherit_weights(ResNet(shape), net).state_dict())
         above = read_info(args.teacher).get("result") or {}
-        run.finish(shape, metrics, accuracy=metrics[-1]["test_accuracy"], classes=data.classes,
+        run.finish(shape, metrics, accuracy=metrics[-1]["test_accuracy"],
+                   top5=metrics[-1].get("test_top5"), classes=data.classes,
                    search=read_info(args.shape).get("settings"),
                    teacher_accuracy=above.get("accuracy"))
     print_result(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
@@ -1638,7 +1671,7 @@ def command_search(args):
         args.arch_lr = min(MOST_ARCH_LR, ARCH_LR * max(1, ARCH_STEPS / max(1, steps)))
     run = Run(args, data, "search", target=target, **{name: getattr(args, name) for name in (
         "arch", "search", "method", "num_samples", "sampler", "align", "round", "tolerance",
-        "arch_lr")})
+        "arch_lr", "cost_weight", "tau_start", "tau_end")})
     if run.result is None:
         metrics = []
         if args.method == "tas":
@@ -1679,9 +1712,10 @@ def command_eval(args):
             f"classes, the data {len(data.classes)}; give the --data that it was trained on")
     if args.precision == "auto":  # as in the last epoch of the run
         args.precision = read_info(args.dir).get("precision") or native_precision(args)
-    accuracy = evaluate(to_device(pad_channels(net), args), data.test, args)
-    print_result(args, f"{args.dir}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images, "
-                 f"{summary(net.shape)}", f"tools/export.py {args.dir}")
+    accuracy, top5 = evaluate(to_device(pad_channels(net), args), data.test, args)
+    top5 = f" (top-5 {top5:.2f}%)" if len(data.classes) > TOP5_CLASSES else ""
+    print_result(args, f"{args.dir}: accuracy {accuracy:.2f}%{top5} on {len(data.test.labels):,} "
+                 f"images, {summary(net.shape)}", f"tools/export.py {args.dir}")
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, as all others."""
@@ -1723,6 +1757,10 @@ def build_parser():
                                  "torchvision")
             command.add_argument("--transfer", choices=TRANSFERS, help="kd with a teacher: distil; "
                                  "init: copy its first channels")
+            command.add_argument("--kd-weight", type=number(float, 0, 1), default=KD_WEIGHT,
+                                 help="of the soft term")
+            command.add_argument("--kd-temperature", type=number(float, 0.01, 1000),
+                                 default=KD_TEMPERATURE, help="of both networks")
         add_data_options(command)
     return parser
 
@@ -1762,6 +1800,9 @@ def add_search_options(command):
     add("--search", choices=("both", "width", "depth"), default="both", help="what is searched")
     add("--method", choices=("tas", "random", "uniform"), default="tas", help="random: any sizes; "
         "uniform: one factor for all widths")
+    add("--cost-weight", type=number(float, 0, 1e6), default=COST_WEIGHT, help="of the cost loss")
+    add("--tau-start", type=number(float, 1e-3, 1e3), default=TAU_START, help="temperature")
+    add("--tau-end", type=number(float, 1e-3, 1e3), default=TAU_END, help="temperature at the end")
     add("--num-samples", type=number(int, 1, 8), default=NUM_SAMPLES, help="candidates mixed")
     add("--sampler", choices=("gumbel", "softmax"), default="gumbel")
     add("--align", choices=("cwi", "pad"), default="cwi", help="unequal widths: interpolate or pad")
