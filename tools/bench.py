@@ -1,0 +1,130 @@
+"""Time training, search, batching and inference of an arch, in turns in one process.
+
+    python tools/bench.py resnet56 --shape shapes/cifar10-resnet56.json --json bench.json
+
+Every case runs once a round; its median is printed with its ratio to a training step or, for
+inference, to the unpruned network. Without --shape all widths are scaled to half of the MACs.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tas
+import torch
+from command import printable, run
+
+def medians(functions, rounds, device, warm_up=2):
+    """name -> median time in ms of functions that take turns, after rounds of warm-up."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = {name: [] for name in functions}
+    for _ in range(warm_up + rounds):
+        for name, function in functions.items():
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values[warm_up:]) for name, values in times.items()}
+
+def search_case(args, space, batch, candidates):
+    """Function of one round of the search: a step of the weights, then one of alpha and beta."""
+    args = argparse.Namespace(**{**vars(args), "num_samples": candidates})
+    net = tas.to_device(tas.SuperResNet(space), args)
+    weights = [p for name, p in net.named_parameters() if name not in ("alpha", "beta")]
+    optimizer = tas.sgd(weights, args)
+    arch_optimizer = torch.optim.Adam([net.alpha, net.beta], tas.ARCH_LR, fused=True)
+    target, tau = tas.count_macs(space.full) / 2, torch.ones((), device=args.device)
+
+    def search_round():
+        tas.take_step(args, net, optimizer, tas.search_loss, tau, *batch)
+        tas.take_step(args, net, arch_optimizer, tas.architecture_loss, tau, target, *batch)
+    return search_round
+
+@torch.no_grad()
+def infer(args, net, images):
+    """One forward pass."""
+    with tas.autocast(args):
+        return net(images)
+
+def make_cases(args, space, shapes):
+    """name -> function of all that is timed, in the precision of args."""
+    size, n = space.full.image_size, args.batch_size
+    pixels = torch.randint(256, (n, size, size, 3), dtype=torch.uint8)
+    split, order = tas.SmallImages(pixels, torch.randint(10, (n,)), args.device), torch.arange(n)
+    batch = next(split.batches(order, n, True))
+    net = tas.to_device(tas.pad_channels(tas.ResNet(space.full)), args)
+    optimizer = tas.sgd(net.parameters(), args)
+    cases = {
+        "training": lambda: tas.take_step(args, net, optimizer, tas.training_loss, None, *batch),
+        "batching, augmentation": lambda: next(split.batches(order, n, True))}
+    for k in (2, space.num_widths):
+        cases[f"search round, {k} candidates"] = search_case(args, space, batch, k)
+    for name, shape in shapes.items():
+        deployed = tas.to_device(tas.ResNet(shape).eval(), args)
+        for images in (batch[0][:1], batch[0]):
+            case = functools.partial(infer, args, deployed, images)
+            cases[f"inference, {name}, batch {len(images)}"] = case
+    return cases
+
+def read_shapes(args, space):
+    """name -> Shape: the unpruned one, those of --shape or, without any, one of half the MACs."""
+    shapes, full = {"unpruned": space.full}, space.full
+    for path in args.shape:
+        shape = shapes[path] = tas.Shape.load(path)
+        tas.require((shape.arch, shape.image_size) == (full.arch, full.image_size),
+                    f"{path} is for {shape.arch} --image-size {shape.image_size}")
+    if not args.shape:
+        shapes["uniform"] = tas.scale_shape(space, tas.count_macs(full) / 2)
+    return shapes
+
+def bench(args):
+    """Time all cases, print the table and write it to --json."""
+    # The program's own defaults serve for all that its steps read besides.
+    defaults = tas.build_parser().parse_args(["search", "--data=synthetic", f"--arch={args.arch}"])
+    args = argparse.Namespace(**{**vars(defaults), **vars(args)})
+    args.lr, args.weight_decay = 0.01, tas.WEIGHT_DECAY  # noise diverges at the usual rate
+    tas.setup(args)
+    space = tas.Space(args.arch, 10, args.image_size).to(args.device)
+    shapes, cases, rows, macs = read_shapes(args, space), {}, [], {}
+    for precision in args.precision:
+        own = argparse.Namespace(**{**vars(args), "precision": precision})
+        for name, function in make_cases(own, space, shapes).items():
+            cases[name, precision] = function
+    times = medians(cases, args.rounds, args.device)
+    for (name, precision), ms in times.items():
+        inference = name.startswith("inference")
+        base = f"inference, unpruned, {name.split(', ')[-1]}" if inference else "training"
+        ratio = ms / times[base, precision]
+        rows.append({"case": name, "precision": precision, "ms": ms, "to": base, "ratio": ratio})
+        print(printable(f"{precision}  {name:<48}{ms:>10.2f} ms {ratio:>7.3f} x {base}"))
+    for name, shape in shapes.items():
+        macs[name] = tas.count_macs(shape) / tas.count_macs(space.full)
+        print(printable(f"MACs  {name:<48}{macs[name]:>21.3f} x unpruned"))
+    if args.json:
+        found = {"arch": args.arch, "image_size": space.full.image_size, "macs_ratio": macs,
+                 "batch_size": args.batch_size, "rows": rows, "torch": torch.__version__,
+                 "machine": tas.machine(args.device)}
+        tas.write_file(args.json, json.dumps(found, indent=1).encode() + b"\n")
+
+def main(argv=None):
+    """Print the times; returns the exit status."""
+    parser = tas.Parser(prog="tools/bench.py", description=__doc__.split("\n")[0])
+    parser.add_argument("arch", metavar="ARCH", choices=tuple(tas.ARCHS), help=" ".join(tas.ARCHS))
+    parser.add_argument("--shape", nargs="+", default=[], help="shape files or run directories")
+    parser.add_argument("--batch-size", type=tas.number(int, 2, 10 ** 5), default=256)
+    parser.add_argument("--image-size", type=tas.number(int, 8, 1024), help="pixels (32 or 224)")
+    parser.add_argument("--rounds", type=tas.number(int, 1, 1000), default=9)
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"),
+                        default=["fp32", "bf16"], help="(both)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
+    parser.add_argument("--json", metavar="FILE", help="write the times, too")
+    return run(parser, bench, argv)
+
+if __name__ == "__main__":
+    sys.exit(main())

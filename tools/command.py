@@ -1,0 +1,49 @@
+"""What the tools share: their beginning and their end, as those of the commands of tas.py."""
+
+import contextlib
+import html
+import os
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tas
+
+LONGEST = 500  # characters of a message
+
+def printable(text):
+    """The text with newlines, escape sequences and all else that a terminal obeys as escapes."""
+    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)]
+    return "".join(shown)
+
+def markdown(text):
+    """The text as it is, where Markdown or HTML would read more into it."""
+    text = html.escape(printable(text), quote=False)
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
+
+def warn(message):
+    """One line on stderr."""
+    line = printable(message)
+    if len(line) > LONGEST:
+        line = line[:LONGEST - 4] + " ..."
+    print(line, file=sys.stderr)
+
+def run(parser, function, argv):
+    """Parse argv and call function(args). Returns the exit status: what the function returns or 0;
+    2 after one line on stderr for what the user can mend; 130 when stopped."""
+    with contextlib.suppress(AttributeError):  # a notebook's streams
+        for stream in (sys.stdout, sys.stderr):  # a terminal may lack letters of a name
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return function(parser.parse_args(argv)) or 0
+    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
+        with contextlib.suppress(OSError):  # so that Python's last flush does not fail as well
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (tas.TASError, OSError) as error:
+        warn(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        warn("stopped")
+        return 130

@@ -1,0 +1,128 @@
+"""One Markdown table and one figure of all finished runs below some directories.
+
+    python tools/report.py runs/cifar10-resnet56              # report.md and report.png in there
+    python tools/report.py DIR ... --out DIR [--tensorboard]
+
+Networks that differ in nothing but the seed share a row. A second table has numbers that others
+published for the same arch and data set. The figure's search is the first below the first DIR.
+"""
+
+import os
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tas
+from command import markdown, printable, run, warn
+from events import write_events
+from figure import draw
+from finished import MISSING, group_trainings, read_run
+
+PAPER = tas.read_json(Path(__file__).with_name("paper.json"))
+
+def find_runs(directories):
+    """All finished runs, each once. One that is damaged is named on stderr and left out."""
+    runs = {}
+    for directory in directories:
+        tas.require(Path(directory).is_dir(), f"{directory} is no directory")
+        for path in sorted(file.parent for file in Path(directory).rglob("run.json")):
+            try:
+                found = read_run(path)
+            except tas.TASError as error:
+                warn(f"left out {path}: {error}")
+                continue
+            if found:
+                runs.setdefault(path.resolve(), found)
+    tas.require(runs, f"no finished run below {', '.join(directories)}; train or search first")
+    return list(runs.values())
+
+def mean(values, digits=2):
+    """Mean ± standard deviation in words."""
+    if None in values:
+        return MISSING
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+def teacher_cells(group):
+    """The teacher's accuracy, and how far below it the row is."""
+    if not any(each.has_teacher for each in group):
+        return "-", "-"
+    teachers = [each.teacher for each in group]
+    if None in teachers:
+        return MISSING, MISSING
+    return mean(teachers), mean([each.teacher - each.accuracy for each in group])
+
+def published(groups):
+    """Rows of paper.json, column -> text, at the same arch and data set as rows of ours."""
+    ours, rows = {(group[0].arch, group[0].data, group[0].images) for group in groups}, []
+    for table in PAPER["tables"]:
+        for cells in table["rows"]:
+            if (cells[0], table["data"], table["images"]) in ours:
+                rows.append({"data": table["data"], **dict(zip(PAPER["columns"], cells))})
+    return rows
+
+def row(group, parent, others):
+    """Our row, column -> text."""
+    first = group[0]
+    teacher, drop = teacher_cells(group)
+    paper = "-"
+    for other in others:
+        found = other["size found by"].lower(), other["transfer"], other["arch"], other["data"]
+        if found == (first.method, first.transfer, first.arch, first.data):
+            paper = f"{other['accuracy %']} at {other['MACs']}"
+    return {
+        "arch": first.arch, "data": first.data, "size found by": first.method,
+        "transfer": first.transfer,
+        "target M": f"{first.target / 1e6:.2f}" if first.target else "-",
+        "MACs M": mean([each.macs / 1e6 for each in group]),
+        "removed %": mean([100 - 100 * each.macs / each.full_macs for each in group], 1),
+        "params M": mean([each.params / 1e6 for each in group], 3),
+        "teacher %": teacher, "accuracy %": mean([each.accuracy for each in group]), "drop": drop,
+        "seeds": " ".join(str(each.seed) for each in group), "epochs": first.epochs,
+        "precision": first.precision, "other settings": first.other,
+        "training minutes": mean([each.seconds / 60 for each in group], 1),
+        "paper (as transcribed)": paper,
+        "runs": ", ".join(os.path.relpath(each.path, parent) for each in group)}
+
+def table(rows):
+    """A Markdown table of dicts with the same keys."""
+    text = f"| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}\n"
+    for cells in rows:
+        text += f"| {' | '.join(markdown(cell) or '-' for cell in cells.values())} |\n"
+    return text
+
+def report(args):
+    """Write the tables and the figure, and print the former."""
+    runs, out = find_runs(args.dirs), Path(args.out or args.dirs[0])
+    parent = os.path.commonpath([os.path.abspath(each.path.parent) for each in runs])
+    parent = os.path.relpath(parent)
+    groups = group_trainings(runs)
+    others = published(groups)
+    text = "No network has been trained yet.\n"
+    if groups:
+        text = table([row(group, parent, others) for group in groups])
+        text += ("\nAccuracy is that of the last epoch on the test images, mean ± standard "
+                 "deviation over the seeds.\n")
+    machines = "; ".join(sorted({each.machine for each in runs}))
+    text += f"\nRuns are in {markdown(parent)}. Machine: {markdown(machines)}.\n"
+    if others:
+        text += f"\nTranscribed, not measured here: {PAPER['source']}.\n\n{table(others)}"
+    tas.write_file(out / "report.md", text.encode())
+    searches = [each for each in runs if each.searched]
+    draw(groups, searches[0] if searches else None, out / "report.png")
+    print(f"{text}\n{printable(out / 'report.md')}, {printable(out / 'report.png')}")
+    if args.tensorboard:
+        write_events(runs, parent, out / "tensorboard")
+
+def main(argv=None):
+    """Write the report; returns the exit status."""
+    parser = tas.Parser(prog="tools/report.py", description=__doc__.split("\n")[0])
+    parser.add_argument("dirs", metavar="DIR", nargs="+", help="directories with runs in them")
+    parser.add_argument("--out", metavar="DIR", help="where report.md and .png go (the first DIR)")
+    parser.add_argument("--tensorboard", action="store_true",
+                        help="write the metrics of all runs as TensorBoard events, too")
+    return run(parser, report, argv)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,889 @@
+"""Properties of the tools. What a result is compared with is computed plainly in the test."""
+
+import dataclasses
+import html
+import itertools
+import json
+import math
+import re
+import shutil
+import statistics
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from matplotlib.figure import Figure
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import bench
+import command
+import describe
+import export
+import figure
+import finished
+import predict
+import report
+import tas
+import trajectory
+
+torch.set_num_threads(1)  # small tensors: sharing them out would take longer than computing
+
+SETTINGS = settings(deadline=None, derandomize=True, max_examples=100, database=None,
+                    suppress_health_check=[HealthCheck.function_scoped_fixture,
+                                           HealthCheck.too_slow])
+SCRIPTS = "bench", "describe", "export", "predict", "report"
+CHEAP = "--data folder --image-size 8 --batch-size 6 --workers 0 --precision fp32 --quiet"
+SIZE = 8  # pixels
+
+# ---- Small worlds -------------------------------------------------------------------------------
+
+def write_images(root):
+    """An ImageFolder of noise; the classes differ in brightness."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 12), ("val", 4)):
+        for c, name in enumerate(("ant", "bee")):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(40 * c, 176 + 40 * c, (SIZE, SIZE, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A directory with the folder `insects` and `runs`, which prune made."""
+    root = tmp_path_factory.mktemp("world")
+    write_images(root / "insects")
+    line = f"prune {CHEAP} --data-dir {root}/insects --arch resnet20 --epochs 2 --out {root}/runs"
+    assert tas.main(line.split()) == 0
+    return root
+
+@pytest.fixture
+def pruned(world, tmp_path):
+    """A copy of the pruned network's run, with weights that no image drives into certainty."""
+    directory = shutil.copytree(world / "runs" / "pruned", tmp_path / "pruned")
+    torch.manual_seed(0)
+    net = tas.ResNet(tas.Shape.load(directory))
+    for _ in range(50):  # running statistics
+        net(torch.randn(8, 3, SIZE, SIZE))
+    tas.save_tensors(directory / "weights.pt", net.state_dict())
+    return directory
+
+def change(directory, **entries):
+    """Change entries of run.json: those of settings and of the result by name, or run.json's own;
+    None removes one."""
+    path = directory / "run.json"
+    info = tas.read_json(path)
+    for name, value in entries.items():
+        for part in (info["settings"], info["result"], info):
+            if name in part or part is info:
+                part[name] = value
+                if value is None:
+                    del part[name]
+                break
+    path.write_text(json.dumps(info))
+    if "accuracy" in entries:  # of the last epoch, too
+        path = directory / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[-1]["test_accuracy"] = entries["accuracy"]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+def one_line(capture):
+    """The only line on stderr."""
+    err = capture.readouterr().err
+    assert err.endswith("\n") and err.count("\n") == 1 and len(err) <= 501, err
+    return err
+
+def check_refused(capture, tool, *line, words=()):
+    """Exit status 2 and one line that has these words."""
+    capture.readouterr()
+    assert tool.main([str(word) for word in line]) == 2
+    err = one_line(capture)
+    assert err.startswith("error: ")
+    for word in words:
+        assert str(word) in err
+    return err
+
+# ---- What all tools share -----------------------------------------------------------------------
+
+def unescape(text):
+    """What a reader sees of Markdown."""
+    return html.unescape(re.sub(rf"\\([{re.escape(string.punctuation)}])", r"\1", text))
+
+TEXT = st.text(st.characters(codec=None, exclude_categories=()), max_size=30) | st.text(
+    st.sampled_from("a|*_`<>[]&\\$~#\n\x1b\x9b\u202e;"), max_size=30)
+
+@SETTINGS
+@given(TEXT)
+def test_names_are_shown_as_they_are_and_obeyed_by_nobody(text):
+    shown = command.printable(text)
+    assert all(c.isprintable() for c in shown)
+    if text.isprintable():
+        assert shown == text
+    written = command.markdown(text)
+    assert not re.search(r"(?<!\\)(\\\\)*[|*_`\[\]$~<>]", written)
+    assert unescape(written) == shown
+
+@SETTINGS
+@given(TEXT.map(lambda text: text * 40))
+def test_messages_are_one_short_line(capsys, text):
+    capsys.readouterr()
+    command.warn(f"error: {text}")
+    one_line(capsys)
+
+STARTS = """
+import runpy, sys
+import torch  # once for all, as it takes seconds
+known = {*sys.modules}
+for script in sys.argv[1:]:
+    sys.argv, sys.path[0] = [script], script.rpartition("/")[0]
+    before = [*sys.path]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        print(end.code)
+    sys.path[:] = before
+    for name in {*sys.modules} - known:
+        if name in ("tas", "command", "events", "figure", "finished", "trajectory"):
+            del sys.modules[name]
+"""
+
+def test_scripts_start_anywhere_and_end_in_one_line(tmp_path):
+    """Each as `python tools/NAME.py` would start it, without arguments."""
+    scripts = [str(HERE / f"{name}.py") for name in SCRIPTS]
+    ended = subprocess.run([sys.executable, "-c", STARTS, *scripts], cwd=tmp_path, text=True,
+                           capture_output=True, timeout=120)
+    assert ended.stdout.split() == ["2"] * len(SCRIPTS), ended.stderr
+    for name, line in itertools.zip_longest(SCRIPTS, ended.stderr.splitlines()):
+        assert re.fullmatch(rf"error: .*required.*tools/{name}.py --help", line)
+
+def test_a_reader_that_has_seen_enough():
+    """A closed pipe is no error, whether it is noticed while printing or at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", HERE / "describe.py", "resnet164"], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=120) == 141
+
+@pytest.mark.parametrize("error, status", [
+    (tas.TASError("a\nb"), 2), (PermissionError(13, "Permission denied", "x"), 2),
+    (KeyboardInterrupt(), 130)])
+def test_errors_become_one_line(capsys, error, status):
+    def function(args):
+        raise error
+
+    assert command.run(tas.Parser(), function, []) == status
+    one_line(capsys)
+
+# ---- describe -----------------------------------------------------------------------------------
+
+def slow_layers(shape):
+    """(width, MACs) of the convs of a ResNet-20, (0, 0) of dropped ones, then of the projections,
+    then of the classifier."""
+    convs, projections = [(shape.stem, 27 * shape.stem * shape.image_size ** 2)], []
+    c, size = shape.stem, shape.image_size
+    for s, blocks in enumerate(shape.stages):
+        for b in range(3):
+            if b >= len(blocks):
+                convs += [(0, 0)] * 2
+                continue
+            size = -(-size // 2) if s and not b else size
+            first, second = blocks[b]
+            convs += [(first, 9 * c * first * size ** 2), (second, 9 * first * second * size ** 2)]
+            if c != second or s and not b:
+                projections.append((second, c * second * size ** 2))
+            c = second
+    return convs, projections, (shape.num_classes, c * shape.num_classes)
+
+@pytest.mark.parametrize("what", ["resnet20", "file", "bottlenecks", "directory", "resnet50"])
+def test_describe_accounts_for_all_macs(world, tmp_path, capsys, what):
+    shape = None
+    if what == "file":
+        what = tmp_path / "some.json"
+        shape = tas.Shape("resnet20", 7, 9, 5, [[[4, 6]], [[20, 9], [32, 9]], [[1, 64]] * 3])
+        shape.save(what)
+    elif what == "bottlenecks":  # of which the first needs no projection
+        what = tmp_path / "some.json"
+        shape = tas.Shape("resnet164", 7, 9, 16, [[[4, 6, 16]], [[9, 9, 9]] * 2, [[9, 9, 20]]])
+        shape.save(what)
+    elif what == "directory":
+        what = world / "runs" / "search"
+        shape = tas.Shape.load(what)
+    else:
+        shape = tas.Shape.unpruned(what, 1000 if what == "resnet50" else 10)
+    assert describe.main([str(what)]) == 0
+    out = capsys.readouterr().out
+    rows = re.findall(r"^(\S+) +(\d+) +(\d+) +([\d,]+) +([\d.]+)%  (#+|dropped)$", out, re.M)
+    assert len(rows) == out.count("\n") - 2  # but for the heads and the summary
+    found = [(row[0], int(row[1]), int(row[3].replace(",", ""))) for row in rows]
+    kept = [name for name, module in tas.ResNet(shape).named_modules()
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert sorted(name for name, width, _ in found if width) == sorted(kept)
+    dropped = [name for name, width, _ in found if not width]
+    assert len(dropped) == len(shape.full.convs) - len(shape.convs)
+    assert all(".conv" in name for name in dropped)
+    total = sum(macs for *_, macs in found)
+    assert total == tas.count_macs(shape)
+    assert out.endswith(f"{tas.summary(shape)}\n")
+    for row, (_, _, macs) in zip(rows, found):
+        assert float(row[4]) == pytest.approx(100 * macs / total, abs=0.051)
+        assert (row[5] == "dropped") == (row[1] == "0") and len(row[5]) <= 24
+    if shape.arch == "resnet20":
+        convs, projections, classifier = slow_layers(shape)
+        assert [row[1:] for row in found if ".conv" in row[0] or row[0] == "conv1"] == convs
+        assert [row[1:] for row in found if "downsample" in row[0]] == projections
+        assert found[-1] == ("fc", *classifier)
+    unpruned = [int(row[2]) for row in rows if "downsample" not in row[0]]
+    assert unpruned == [*shape.full.convs, shape.num_classes]
+
+def test_describe_of_nothing(tmp_path, capsys):
+    check_refused(capsys, describe, "resnet21", words=["resnet21", "resnet110"])
+    check_refused(capsys, describe, tmp_path, words=[tmp_path])
+
+# ---- predict ------------------------------------------------------------------------------------
+
+def slow_input(path, size):
+    """An image file as a network takes it: the shorter side resized, the middle cut out."""
+    image = Image.open(path).convert("RGB")
+    w, h = image.size
+    image = image.resize((w * size // min(w, h), h * size // min(w, h)), Image.BILINEAR)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    x = torch.tensor(pixels.copy()).permute(2, 0, 1)[None] / 255  # [1, 3, size, size]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (x - mean[:, None, None]) / std[:, None, None]
+
+def predictions(out):
+    """[(file, {class: probability in %})], classes in the printed order."""
+    found = []
+    for line in out.splitlines():
+        file, text = line.rsplit(": ", 1)
+        pairs = [part.rsplit(" ", 1) for part in text.split(", ")]
+        found.append((file, {name: float(p.removesuffix("%")) for name, p in pairs}))
+    return found
+
+def test_predict_finds_the_accuracy_of_the_run(world, capsys):
+    files = sorted((world / "insects" / "val").rglob("*.png"))
+    assert predict.main([str(world / "runs" / "pruned"), *map(str, files)]) == 0
+    found, right = predictions(capsys.readouterr().out), 0
+    assert [file for file, _ in found] == [str(file) for file in files]
+    for file, probabilities in found:
+        assert sorted(probabilities) == ["ant", "bee"]
+        right += next(iter(probabilities)) == Path(file).parent.name
+    accuracy = tas.read_json(world / "runs" / "pruned" / "run.json")["result"]["accuracy"]
+    assert 100 * right / len(files) == accuracy
+
+@pytest.mark.parametrize("width, height", [(8, 8), (40, 30), (30, 44), (224, 224), (9, 100)])
+def test_predict_resizes_as_at_training(pruned, tmp_path, capsys, width, height):
+    rng = np.random.default_rng(1)
+    blocks = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    path, squashed = tmp_path / "photograph.png", tmp_path / "squashed.png"
+    blocks.resize((width, height), Image.NEAREST).save(path)
+    Image.open(path).resize((SIZE, SIZE)).save(squashed)
+    assert predict.main([str(pruned), str(path), str(squashed)]) == 0
+    (_, found), (_, other) = predictions(capsys.readouterr().out)
+    with torch.no_grad():
+        expected = 100 * tas.load(pruned)(slow_input(path, SIZE))[0].softmax(0)
+    assert [found["ant"], found["bee"]] == pytest.approx(expected.tolist(), abs=0.06)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    if width != height:  # else the test could not fail
+        assert abs(found["ant"] - other["ant"]) > 0.5
+
+def test_predict_goes_on_after_a_damaged_file(world, pruned, tmp_path, capsys):
+    good = world / "insects" / "val" / "ant" / "0.png"
+    bad = tmp_path / "bad\x1b[31m\n.png"
+    bad.write_bytes(good.read_bytes()[:60])
+    assert predict.main([str(pruned), str(bad), str(good), str(tmp_path / "none.png")]) == 2
+    captured = capsys.readouterr()
+    assert [file for file, _ in predictions(captured.out)] == [str(good)]
+    errors = captured.err.splitlines()
+    assert len(errors) == 2 and all(line.startswith("error: ") for line in errors)
+    assert r"bad\x1b[31m\n.png" in errors[0] and "none.png" in errors[1]
+
+def test_predict_without_names_of_classes(world, pruned, capsys):
+    change(pruned, classes=None)
+    good = str(world / "insects" / "val" / "ant" / "0.png")
+    assert predict.main([str(pruned), good, "--top", "1"]) == 0
+    (_, found), = predictions(capsys.readouterr().out)
+    assert len(found) == 1 and next(iter(found)) in ("class 0", "class 1")
+    shutil.copy(world / "runs" / "pruned" / "run.json", pruned)
+    change(pruned, classes=["one"])
+    check_refused(capsys, predict, pruned, good, words=[pruned, "2 classes"])
+    check_refused(capsys, predict, world / "runs" / "search", good, words=["weights.pt"])
+
+# ---- export -------------------------------------------------------------------------------------
+
+def test_export_gives_the_network(pruned, capsys):
+    assert export.main([str(pruned)]) == 0
+    out = capsys.readouterr().out
+    extra = {"metadata.json": ""}
+    program = torch.export.load(pruned / "network.pt2", extra_files=extra).module()
+    net = tas.load(pruned)
+    for n in (1, 2, 5):
+        x = torch.randn(n, 3, SIZE, SIZE)
+        torch.testing.assert_close(program(x), net(x))
+    told = json.loads(extra["metadata.json"])
+    assert json.loads(told["classes"]) == ["ant", "bee"] and told["image_size"] == str(SIZE)
+    assert told["macs"] == str(tas.count_macs(net.shape)) and told["arch"] == "resnet20"
+    assert json.loads(told["mean"]) == [0.485, 0.456, 0.406]
+    assert json.loads(told["std"]) == [0.229, 0.224, 0.225]
+    size = (pruned / "network.pt2").stat().st_size
+    assert f"network.pt2: {size / 1e6:.2f} MB" in out
+    unpruned = float(re.search(r"unpruned: ([\d.]+) MB", out)[1])
+    assert unpruned > size / 1e6  # as it has twice the weights
+
+def test_export_of_other_outputs_is_refused(pruned, capsys, monkeypatch):
+    plain = export.to_program
+
+    def spoil(net):
+        other = tas.ResNet(net.shape).eval()
+        other.load_state_dict(net.state_dict())
+        other.state_dict()["fc.weight"].mul_(1.001)
+        return plain(other)
+
+    monkeypatch.setattr(export, "to_program", spoil)
+    check_refused(capsys, export, pruned, words=["other outputs"])
+    assert not (pruned / "network.pt2").exists()
+
+def test_onnx_without_its_packages(pruned, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    check_refused(capsys, export, pruned, "--onnx", words=["pip install onnx onnxscript"])
+    assert not list(pruned.glob("network.*"))
+
+def test_onnx_gives_the_network(pruned, capsys):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+    assert export.main([str(pruned), "--onnx"]) == 0
+    model, net = onnx.load(pruned / "network.onnx"), tas.load(pruned)
+    onnx.checker.check_model(model)
+    found = {value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+             for value in (*model.graph.input, *model.graph.output)}
+    assert found == {"images": ["batch", 3, SIZE, SIZE], "logits": ["batch", 2]}
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(told["classes"]) == ["ant", "bee"] and told["image_size"] == str(SIZE)
+    assert json.loads(told["mean"]) == list(tas.MEAN) and json.loads(told["std"]) == list(tas.STD)
+    assert told["macs"] == str(tas.count_macs(net.shape))
+    for n in (1, 4):
+        x = torch.randn(n, 3, SIZE, SIZE)
+        logits, = ReferenceEvaluator(model).run(["logits"], {"images": x.numpy()})
+        torch.testing.assert_close(torch.tensor(logits), net(x).detach(), rtol=1e-3, atol=1e-4)
+
+def test_onnx_of_other_outputs_is_refused(pruned, capsys, monkeypatch):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(export, "onnx_function", lambda content: lambda x: torch.zeros(len(x), 2))
+    check_refused(capsys, export, pruned, "--onnx", words=["ONNX", "other outputs"])
+    assert not list(pruned.glob("network.*"))
+
+# ---- bench --------------------------------------------------------------------------------------
+
+@SETTINGS
+@given(st.lists(st.lists(st.integers(1, 10 ** 6), min_size=3, max_size=3), min_size=3, max_size=9))
+def test_medians_of_functions_that_take_turns(monkeypatch, milliseconds):
+    """milliseconds[round][function], of which the first two rounds are warm-up."""
+    clock, calls = [0.0], []
+
+    def make(i):
+        def function():
+            clock[0] += milliseconds[len(calls) // 3][i] / 1e3
+            calls.append(i)
+        return function
+
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    found = bench.medians({i: make(i) for i in range(3)}, len(milliseconds) - 2,
+                          torch.device("cpu"))
+    assert calls == [0, 1, 2] * len(milliseconds)
+    for i in range(3):
+        expected = statistics.median([row[i] for row in milliseconds[2:]])
+        assert found[i] == pytest.approx(expected)
+
+def test_bench(world, tmp_path, capsys):
+    shape = world / "runs" / "search"
+    line = (f"resnet20 --batch-size 2 --image-size 8 --rounds 1 --precision fp32 bf16 "
+            f"--shape {shape} --json {tmp_path}/bench.json")
+    assert bench.main(line.split()) == 0
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
+    assert found["batch_size"] == 2 and found["torch"] == torch.__version__ and found["machine"]
+    times = {(row["case"], row["precision"]): row["ms"] for row in found["rows"]}
+    cases = ["training", "batching, augmentation", "search round, 2 candidates",
+             "search round, 8 candidates"]
+    for name, n in itertools.product(("unpruned", shape), (1, 2)):
+        cases.append(f"inference, {name}, batch {n}")
+    assert set(times) == set(itertools.product(cases, ("fp32", "bf16")))
+    for row in found["rows"]:
+        case, precision = row["case"], row["precision"]
+        n = case[-1]
+        base = f"inference, unpruned, batch {n}" if case.startswith("inference") else "training"
+        assert row["to"] == base
+        assert row["ratio"] == pytest.approx(row["ms"] / times[base, precision]) and row["ms"] > 0
+        assert re.search(rf"^{precision} +{re.escape(case)} +{row['ms']:.2f} ms +"
+                         rf"{row['ratio']:.3f} x {base}$", out, re.M)
+    left = tas.Shape.load(shape)
+    ratio = tas.count_macs(left) / tas.count_macs(tas.Shape.unpruned("resnet20", 10, SIZE))
+    assert found["macs_ratio"] == {"unpruned": 1.0, str(shape): pytest.approx(ratio)}
+
+def test_bench_times_what_it_says(monkeypatch):
+    """A round trains the weights, then the sizes, each under a sample of so many candidates; a
+    forward pass is of a network in eval mode."""
+    seen, cases = [], {}
+
+    def look(args, net, optimizer, loss_function, *inputs):
+        before = [p.detach().clone() for p in net.parameters()]
+        step(args, net, optimizer, loss_function, *inputs)
+        moved = {name for (name, p), old in zip(net.named_parameters(), before)
+                 if not torch.equal(p, old)}
+        assert moved and len(inputs[-1]) == 4
+        seen.append((moved <= {"alpha", "beta"}, bool(moved & {"alpha", "beta"})))
+
+    def draw(*arguments):
+        sample = sample_sizes(*arguments)
+        drawn.append(sample.index.shape[1])
+        return sample
+
+    def keep(functions, *_):
+        cases.update(functions)
+        return {name: 1.0 for name in functions}
+
+    step, sample_sizes, drawn = tas.take_step, tas.sample_sizes, []
+    monkeypatch.setattr(tas, "take_step", look)
+    monkeypatch.setattr(tas, "sample_sizes", draw)
+    monkeypatch.setattr(bench, "medians", keep)
+    assert bench.main("resnet20 --batch-size 4 --image-size 8 --precision fp32".split()) == 0
+    cases["training", "fp32"]()
+    assert seen == [(False, False)] and drawn == []
+    for k in (2, 8):
+        seen.clear(), drawn.clear()
+        cases[f"search round, {k} candidates", "fp32"]()
+        assert seen == [(False, False), (True, True)] and drawn == [k, k]
+    seen.clear()
+    for name in ("unpruned", "uniform"):
+        one = cases[f"inference, {name}, batch 1", "fp32"]()
+        all_four = cases[f"inference, {name}, batch 4", "fp32"]()
+        assert all_four.shape == (4, 10) and not all_four.requires_grad
+        torch.testing.assert_close(one, all_four[:1])  # in eval mode
+    x, y = cases["batching, augmentation", "fp32"]()
+    assert x.shape == (4, 3, SIZE, SIZE) and len(y) == 4 and seen == []
+
+def test_bench_of_what_it_cannot(world, capsys):
+    shape = world / "runs" / "search"
+    check_refused(capsys, bench, "resnet21", words=["resnet21"])
+    check_refused(capsys, bench, "resnet20", "--shape", shape, words=[shape, "--image-size 8"])
+    check_refused(capsys, bench, "resnet20", "--shape", world, words=[world])
+    check_refused(capsys, bench, "resnet20", "--device", "nix", words=["nix"])
+
+# ---- report -------------------------------------------------------------------------------------
+
+def tables(text):
+    """The Markdown tables of a text, each a list of rows, column -> what a reader sees."""
+    found, lines = [], text.splitlines()
+    for i, line in enumerate(lines):
+        if re.fullmatch(r"\|( --- \|)+", line):
+            found.append([])
+        elif line.startswith("|") and found and lines[i - 1].startswith("|"):
+            head, cells = lines[i - 1 - len(found[-1]) - 1], re.split(r" (?<!\\)\| ", line[2:-2])
+            head = head[2:-2].split(" | ")
+            assert len(cells) == len(head), line
+            found[-1].append(dict(zip(head, map(unescape, cells))))
+    return found
+
+def make_report(*directories):
+    """The exit status, and the tables of report.md in the last directory."""
+    status = report.main([*map(str, directories), "--out", str(directories[-1])])
+    return status, tables((directories[-1] / "report.md").read_text())
+
+def cells(table, method):
+    """The rows of sizes that were found by a method."""
+    return [row for row in table if row["size found by"] == method]
+
+def spread(values, digits=2):
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+def test_report_over_seeds(world, tmp_path, capsys):
+    values = {0: (91.25, 93.5, 60.0), 1: (90.5, 93.75, 75.0), 5: (88.0, 93.0, 61.5)}
+    shapes, full = [], tas.Shape.unpruned("resnet20", 2, SIZE)
+    for seed, (accuracy, above, seconds) in values.items():
+        shapes.append(dataclasses.replace(full, stem=9 + seed))  # each seed found another one
+        base = shutil.copytree(world / "runs", tmp_path / str(seed))
+        change(base / "teacher", seed=seed, accuracy=above)
+        change(base / "pruned", seed=seed, accuracy=accuracy, teacher_accuracy=above,
+               seconds=seconds, teacher=seed, shape=dataclasses.asdict(shapes[-1]),
+               macs=tas.count_macs(shapes[-1]), params=tas.count_params(shapes[-1]))
+    status, (table,) = make_report(*[tmp_path / str(seed) for seed in values], tmp_path / "0")
+    assert status == 0
+    assert (tmp_path / "0" / "report.md").read_text() in capsys.readouterr().out
+    found, unpruned = cells(table, "tas"), cells(table, "unpruned")
+    assert len(found) == len(unpruned) == 1 and len(table) == 2
+    accuracies, above, seconds = zip(*values.values())
+    macs, full = [tas.count_macs(shape) for shape in shapes], tas.count_macs(full)
+    assert found[0] == {
+        "arch": "resnet20", "data": "insects", "size found by": "tas", "transfer": "kd",
+        "target M": f"{round(full / 2) / 1e6:.2f}", "MACs M": spread([m / 1e6 for m in macs]),
+        "removed %": spread([100 - 100 * m / full for m in macs], 1),
+        "params M": spread([tas.count_params(shape) / 1e6 for shape in shapes], 3),
+        "teacher %": spread(above),
+        "accuracy %": spread(accuracies),
+        "drop": spread([a - b for a, b in zip(above, accuracies)]), "seeds": "0 1 5",
+        "epochs": "2 + 2", "precision": "fp32", "other settings": "batch-size 6",
+        "training minutes": spread([s / 60 for s in seconds], 1), "paper (as transcribed)": "-",
+        "runs": "0/pruned, 1/pruned, 5/pruned"}
+    assert unpruned[0]["accuracy %"] == spread(above) and unpruned[0]["epochs"] == "2"
+    for column in ("target M", "teacher %", "drop"):
+        assert unpruned[0][column] == "-"
+    image = Image.open(tmp_path / "0" / "report.png")
+    assert image.format == "PNG" and image.width >= 1200 and image.height >= 800
+    colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) > 20
+
+def test_report_of_one_run_counts_it_once(world, tmp_path):
+    """Below directories that overlap, under two names; without a spread."""
+    base = shutil.copytree(world / "runs", tmp_path / "runs")
+    status, (table,) = make_report(base / "pruned", base, base / "search" / "..", tmp_path)
+    accuracy = tas.read_json(base / "pruned" / "run.json")["result"]["accuracy"]
+    row, = cells(table, "tas")
+    assert status == 0 and row["accuracy %"] == f"{accuracy:.2f}" and row["seeds"] == "0"
+
+def test_report_keeps_other_settings_apart(world, tmp_path):
+    """Only runs that differ in nothing but the seed are averaged."""
+    changes = [{}, {"lr": 0.2}, {"weight_decay": 0.0}, {"batch_size": 3}, {"seed": 7},
+               {"precision": "bf16"}, {"new_setting": 1}, {"epochs": 3}, {"used": "bf16"}]
+    for i, entries in enumerate(changes):
+        directory = shutil.copytree(world / "runs" / "pruned", tmp_path / str(i))
+        info = tas.read_json(directory / "run.json")
+        info["precision"] = entries.pop("used", "fp32")
+        info["settings"] |= entries
+        (directory / "run.json").write_text(json.dumps(info))
+    status, (table,) = make_report(tmp_path)
+    assert status == 0 and sorted(row["seeds"] for row in table) == ["0"] * 7 + ["0 7"]
+    other = {row["runs"]: row["other settings"] for row in table}
+    assert other["1"] == "lr 0.2, batch-size 6" and other["3"] == "batch-size 3"
+
+def test_report_keeps_given_shapes_apart(world, tmp_path):
+    """Without a search, networks of other shapes are other networks."""
+    full = tas.Shape.unpruned("resnet20", 2, SIZE)
+    for seed, stem in enumerate((9, 10, 9)):
+        directory = shutil.copytree(world / "runs" / "pruned", tmp_path / str(seed))
+        shape = dataclasses.replace(full, stem=stem)
+        change(directory, seed=seed, search=None, shape=dataclasses.asdict(shape),
+               macs=tas.count_macs(shape))
+    status, (table,) = make_report(tmp_path)
+    assert status == 0 and sorted(row["seeds"] for row in table) == ["0 2", "1"]
+    assert len(cells(table, "given shape")) == 2
+
+def test_report_names_what_is_unusual_in_a_search(world, tmp_path):
+    search = tas.read_json(world / "runs" / "search" / "run.json")["settings"]
+    for name, entries in (("a", {"num_samples": 8, "align": "pad"}), ("b", {"method": "random"}),
+                          ("c", {"command": "train"})):
+        directory = shutil.copytree(world / "runs" / "pruned", tmp_path / name)
+        change(directory, search=search | entries)
+    change(tmp_path / "c", command="python tas.py train --shape some/dir --teacher x")
+    path = tmp_path / "c" / "run.json"
+    info = tas.read_json(path)
+    info |= {"command": "python tas.py train --shape some/size.json --data-dir=x/y z --seed 0"}
+    info["settings"]["command"] = "train"
+    path.write_text(json.dumps(info))
+    _, (table,) = make_report(tmp_path)
+    found = {row["runs"]: (row["size found by"], row["epochs"], row["data"]) for row in table}
+    assert found == {"a": ("tas, num-samples 8, align pad", "2 + 2", "insects"),
+                     "b": ("random", "2", "insects"), "c": ("given size", "2", "y z")}
+
+def test_report_of_runs_of_other_versions(world, tmp_path):
+    base = shutil.copytree(world / "runs", tmp_path / "runs")
+    change(base / "pruned", precision=None, teacher_accuracy=None, machine=None, classes=None)
+    path = base / "pruned" / "run.json"
+    info = tas.read_json(path)
+    info.pop("precision", None), info["settings"].pop("precision", None), info.pop("command")
+    path.write_text(json.dumps(info))
+    (base / "pruned" / "metrics.jsonl").unlink()
+    status, (table,) = make_report(base)
+    row, = cells(table, "tas")
+    assert status == 0
+    for column in ("precision", "teacher %", "drop", "data"):
+        assert row[column] == "not recorded"
+    assert "not recorded" in (base / "report.md").read_text().split("Machine: ")[1]
+
+def test_report_reads_the_committed_runs(tmp_path, capsys):
+    """All of them, and each accuracy is in the mean of its row."""
+    results = HERE.parent / "results"
+    trained = {}
+    for path in results.rglob("run.json"):
+        info = tas.read_json(path)
+        if info.get("result") and info["settings"]["command"] == "train":
+            trained[str(path.parent.relative_to(results))] = info["result"]["accuracy"]
+    assert len(trained) > 20 and report.main([str(results), "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+    ours, paper = tables((tmp_path / "report.md").read_text())
+    for row in ours:
+        values = [trained.pop(name) for name in row["runs"].split(", ")]
+        assert row["accuracy %"].split(" ± ")[0] == f"{statistics.mean(values):.2f}"
+        assert row["data"] == "cifar10"
+        expected = {("tas", "kd"): "92.88 at 22.4M", ("unpruned", "none"): "92.88 at 40.8M"}
+        found = row["size found by"], row["transfer"]
+        assert row["paper (as transcribed)"] == expected.get(found, "-")
+    assert not trained
+    assert {row["size found by"] for row in paper} == {"unpruned", "TAS", "TAS, depth only",
+                                                       "TAS, width only"}
+    assert "Transcribed" in (tmp_path / "report.md").read_text()
+
+def test_transcribed_numbers_agree_with_one_another():
+    """Drops and removed shares follow from the other numbers, up to their rounding."""
+    scale = {"M": 1e6, "G": 1e9}
+    classes = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
+    checked = 0
+    for table in report.PAPER["tables"]:
+        rows = [dict(zip(report.PAPER["columns"], cells)) for cells in table["rows"]]
+        assert all(len(cells) == len(report.PAPER["columns"]) for cells in table["rows"])
+        assert f"{classes[table['data']]} classes" in table["images"]
+        unpruned = {row["arch"]: float(row["accuracy %"]) for row in rows
+                    if row["size found by"] == "unpruned"}
+        for row in rows:
+            macs = row["MACs"] and float(row["MACs"][:-1]) * scale[row["MACs"][-1]]
+            full = tas.Shape.unpruned(row["arch"], classes[table["data"]])
+            if row["size found by"] == "unpruned" and macs:
+                assert macs == pytest.approx(tas.count_macs(full), rel=1e-3)
+            if row["drop"]:
+                drop = unpruned[row["arch"]] - float(row["accuracy %"])
+                assert float(row["drop"]) == pytest.approx(drop, abs=0.001)
+                removed = 100 - 100 * macs / tas.count_macs(full)
+                assert float(row["removed %"]) == pytest.approx(removed, abs=0.2)
+                checked += 1
+    assert checked == 12
+
+@pytest.mark.parametrize("name, content", [
+    ("run.json", b"{"), ("run.json", b'{"result": {"a": 1}}'), ("run.json", b"\xff"),
+    ("metrics.jsonl", b'{"epoch": 1'), ("metrics.jsonl", b"[]\n"),
+    ("metrics.jsonl", b'{"epoch": 1}\n'), ("metrics.jsonl", b"\xff\n"),
+    ("shape.json", b"{}"), ("another shape", None), ("machine", []), ("tolerance", "x"),
+    ("tolerance", None), ("seed", None), ("seed", "a"), ("macs", 1), ("seconds", 1e400),
+    ("seconds", math.nan), ("params", True),
+    ("target", [1]), ("settings", None), ("settings", [])])
+def test_one_damaged_run_is_named_and_left_out(world, tmp_path, capsys, name, content):
+    base = shutil.copytree(world / "runs", tmp_path / "a\nb")
+    search = base / "search"
+    if name == "another shape":
+        tas.Shape.unpruned("resnet20", 2, SIZE).save(search / "shape.json")
+    elif "." in name:
+        (search / name).write_bytes(content)
+    else:
+        info = tas.read_json(search / "run.json")
+        for part in (info, info["settings"], info["result"]):
+            if name in part:
+                part[name] = content
+                if content is None:
+                    del part[name]
+                break
+        (search / "run.json").write_text(json.dumps(info))
+    capsys.readouterr()
+    status, (table,) = make_report(base)
+    assert status == 0 and len(table) == 2
+    if name == "machine":  # is shown, whatever it is
+        assert capsys.readouterr().err == ""
+        return
+    assert one_line(capsys).startswith(f"left out {tmp_path}/a\\nb/search: ")
+    assert Image.open(base / "report.png").height < 700  # without the search's panels
+
+def test_an_accuracy_of_another_log_is_left_out(world, tmp_path, capsys):
+    base = shutil.copytree(world / "runs", tmp_path / "runs")
+    shutil.copy(base / "teacher" / "metrics.jsonl", tmp_path)
+    change(base / "teacher", accuracy=99.0)
+    shutil.copy(tmp_path / "metrics.jsonl", base / "teacher")
+    status, (table,) = make_report(base)
+    assert status == 0 and [row["size found by"] for row in table] == ["tas"]
+    assert f"{base}/teacher" in one_line(capsys)
+
+def test_report_of_nothing(world, tmp_path, capsys):
+    check_refused(capsys, report, tmp_path / "none", words=[tmp_path / "none"])
+    check_refused(capsys, report, tmp_path, words=[tmp_path, "no finished run"])
+    base = shutil.copytree(world / "runs" / "teacher", tmp_path / "half")
+    change(base, result=None)
+    check_refused(capsys, report, tmp_path, words=["no finished run"])
+
+RUN_FILES = "run.json", "metrics.jsonl", "shape.json"
+
+@settings(SETTINGS, max_examples=200)
+@given(part=st.sampled_from(["search", "pruned"]), name=st.sampled_from(RUN_FILES),
+       kind=st.sampled_from(["truncate", "noise", "swap"]), at=st.floats(0, 0.999),
+       noise=st.binary(min_size=1, max_size=40) | st.sampled_from([b"-", b"9" * 9, b"e9", b'"']))
+def test_any_damage_is_noticed_or_harmless(world, tmp_path_factory, part, name, kind, at, noise):
+    """A damaged run is refused in one way, or can be shown."""
+    directory = tmp_path_factory.mktemp("damaged") / part
+    shutil.copytree(world / "runs" / part, directory)
+    path = directory / name
+    content = path.read_bytes()
+    at = int(at * len(content))
+    if kind == "swap":
+        content = (directory / RUN_FILES[RUN_FILES.index(name) - 1]).read_bytes()
+    else:
+        content = content[:at] + (noise + content[at + len(noise):]) * (kind == "noise")
+    path.write_bytes(content)
+    try:
+        run = finished.read_run(directory)
+    except tas.TASError as error:
+        assert "\n" not in str(error)
+        return
+    if run is None:
+        return
+    accuracy = tas.read_json(world / "runs" / "pruned" / "run.json")["result"]["accuracy"]
+    if run.training:
+        (row,), = tables(report.table([report.row([run], directory, [])]))
+        assert float(row["accuracy %"]) == pytest.approx(accuracy, abs=0.005) or not run.lines
+        figure.draw_trainings(Figure(), [[run]])
+    elif run.searched:
+        trajectory.draw_search(Figure(), run)
+        trajectory.draw_sizes(Figure(), run)
+
+def test_names_in_a_report_are_escaped(world, tmp_path, capsys):
+    odd = "a|b<i>*c*_d_`e`\x1b[31m\n$x_{$&amp;"
+    base = shutil.copytree(world / "runs", tmp_path / odd)
+    for part in ("pruned", "teacher"):
+        line = tas.read_json(base / part / "run.json")["command"]
+        path = base / part / "run.json"
+        info = tas.read_json(path) | {"command": line.replace("/insects", f"/{odd}"),
+                                      "machine": odd}
+        path.write_text(json.dumps(info))
+    shutil.copytree(base / "search", base / odd)  # the first search, whose name is in the figure
+    status, (table,) = make_report(base)
+    assert status == 0
+    shown = r"a|b<i>*c*_d_`e`\x1b[31m" + r"\n$x_{$&amp;"
+    for row in table:
+        assert row["data"] == shown
+    out = capsys.readouterr().out
+    for text in (out, (base / "report.md").read_text()):
+        assert all(c.isprintable() or c == "\n" for c in text)
+    assert "<i>" not in (base / "report.md").read_text() and shown in unescape(out)
+    assert Image.open(base / "report.png").height > 800
+
+def test_report_of_trainings_or_of_a_search_alone(world, tmp_path, capsys):
+    heights = []
+    for part in ("teacher", "search"):
+        shutil.copytree(world / "runs" / part, tmp_path / part / "run")
+        assert report.main([str(tmp_path / part)]) == 0
+        found = tables((tmp_path / part / "report.md").read_text())
+        assert len(found) == (part == "teacher") and (not found or len(found[0]) == 1)
+        heights.append(Image.open(tmp_path / part / "report.png").height)
+    assert heights[0] < heights[1]
+
+# ---- the figure ---------------------------------------------------------------------------------
+
+def read(world, part):
+    return finished.read_run(world / "runs" / part)
+
+def changed(run, **entries):
+    """A copy of a Finished run with other entries."""
+    return type(run)(**{**vars(run), **entries})
+
+def curves(axis):
+    """label -> (x, y) of the lines of a panel."""
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+            for line in axis.get_lines()}
+
+def test_the_search_is_drawn_in_percent_of_the_unpruned(world):
+    search, part = read(world, "search"), Figure()
+    trajectory.draw_search(part, search)
+    macs, decided = part.axes
+    epochs, full = [1, 2], tas.count_macs(search.shape.full)
+    for axis, scale, names in (
+            (macs, 100 / full, {"expected": "expected_macs", "most probable": "argmax_macs"}),
+            (decided, 1, {"widths": "width_discrepancy", "depths": "depth_discrepancy"})):
+        found = curves(axis)
+        assert set(found) == set(names)
+        for label, name in names.items():
+            assert found[label][0] == epochs
+            assert found[label][1] == pytest.approx([scale * line[name] for line in search.lines])
+    band, = macs.patches
+    low, high = sorted([band.get_y(), band.get_y() + band.get_height()])
+    assert (low, high) == pytest.approx((47.5, 52.5), abs=1e-3)
+
+@pytest.mark.parametrize("stages", [
+    [[[4, 6]], [[20, 9], [32, 9]], [[1, 64]] * 3],
+    [[[16, 16]] * 3, [[32, 32]] * 3, [[64, 64]] * 3]])
+def test_found_widths_stand_over_the_unpruned_ones(world, stages):
+    shape, part = tas.Shape("resnet20", 2, SIZE, 7, stages), Figure()
+    trajectory.draw_sizes(part, changed(read(world, "search"), shape=shape))
+    axis, = part.axes
+    expected = [7]
+    for blocks in stages:
+        for b in range(3):
+            expected += blocks[b] if b < len(blocks) else [0, 0]
+    unpruned, found = [[bar.get_height() for bar in bars] for bars in axis.containers]
+    assert unpruned == shape.full.convs and found == expected
+    for bars in axis.containers:
+        assert [bar.get_x() + bar.get_width() / 2 for bar in bars] == pytest.approx(range(19))
+    dropped = curves(axis).get("conv of a dropped block", ([], []))[0]
+    assert dropped == [i for i in range(19) if expected[i] == 0]
+
+def test_points_and_curves_of_rows(world):
+    """Means and spreads over the seeds; the rows of one method at two targets are joined."""
+    pruned, teacher, groups = read(world, "pruned"), read(world, "teacher"), []
+    for macs, accuracies in ((2e6, [80.0, 84.0]), (1e6, [70.0, 71.0]), (3e6, [90.0])):
+        group = []
+        for accuracy in accuracies:
+            lines = [{"epoch": e, "test_accuracy": accuracy + e - 6} for e in range(1, 7)]
+            group.append(changed(pruned, macs=macs, accuracy=accuracy, lines=lines))
+        groups.append(group)
+    groups[2][0].method, groups[2][0].transfer = "random", "none"
+    groups.append([changed(teacher, accuracy=95.0, macs=9e6)])
+    names, part = figure.name_series(groups), Figure()
+    assert names == ["tas", "tas", "random", "unpruned"]
+    figure.draw_trainings(part, groups)
+    accuracy, test = part.axes
+    bars = {}
+    for container in accuracy.containers:
+        point, _, errors = container.lines
+        x, y = float(point.get_xdata()[0]), float(point.get_ydata()[0])
+        bars[x, y] = [bar.get_segments()[0] for bar in errors], point.get_fillstyle()
+    assert set(bars) == {(2.0, 82.0), (1.0, 70.5), (3.0, 90.0)}
+    for (x, y), values in (((2.0, 82.0), [80, 84]), ((1.0, 70.5), [70, 71])):
+        deviation = statistics.stdev(values)
+        (across, up), fill = bars[x, y]
+        assert up[:, 1] == pytest.approx([y - deviation, y + deviation]) and fill == "full"
+        assert across[:, 0] == pytest.approx([x, x])
+    assert bars[3.0, 90.0] == ([], "none")
+    found = [(list(line.get_xdata()), list(line.get_ydata())) for line in accuracy.get_lines()]
+    assert ([1.0, 2.0], [70.5, 82.0]) in found and ([0, 1], [95.0, 95.0]) in found
+    means = [list(line.get_ydata()) for line in test.get_lines()]
+    assert [77, 78, 79, 80, 81, 82] in means and [65.5, 66.5, 67.5, 68.5, 69.5, 70.5] in means
+    labels = [text.get_text() for text in part.legends[0].get_texts()]
+    assert labels == ["random", "tas", "unpruned", "transfer: kd", "transfer: none"]
+
+def test_legends_tell_rows_apart(world):
+    run = read(world, "pruned")
+    groups = [[run], [changed(run, epochs="9 + 2")], [changed(run, method="random")]]
+    assert figure.name_series(groups) == [
+        "tas, 2 + 2 epochs batch-size 6", "tas, 9 + 2 epochs batch-size 6", "random"]
+    groups = [[run], [changed(run, arch="resnet32")], [changed(run, data="x\n")]]
+    assert figure.name_series(groups) == [
+        "resnet20 on insects: tas", "resnet32 on insects: tas", r"resnet20 on x\n: tas"]
+
+# ---- TensorBoard --------------------------------------------------------------------------------
+
+def test_tensorboard_without_its_package(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    base = shutil.copytree(world / "runs", tmp_path / "runs")
+    check_refused(capsys, report, base, "--tensorboard", words=["pip install tensorboard"])
+    assert (base / "report.md").exists() and not (base / "tensorboard").exists()
+
+def test_tensorboard_has_the_metrics(world, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    base = shutil.copytree(world / "runs", tmp_path / "runs")
+    for _ in range(2):  # the second report takes the place of the first
+        assert report.main([str(base), "--tensorboard"]) == 0
+    for part in ("teacher", "search", "pruned"):
+        events = EventAccumulator(str(base / "tensorboard" / part)).Reload()
+        lines = [json.loads(line) for line in
+                 (base / part / "metrics.jsonl").read_text().splitlines()]
+        assert set(events.Tags()["scalars"]) == set(lines[0]) - {"epoch"}
+        for name in set(lines[0]) - {"epoch"}:
+            found = [(event.step, event.value) for event in events.Scalars(name)]
+            expected = [(line["epoch"], pytest.approx(line[name], rel=1e-5)) for line in lines]
+            assert found == expected

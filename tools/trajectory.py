@@ -1,0 +1,63 @@
+"""The part of the report's figure that shows one search: its trajectory, and the found sizes."""
+
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tas
+from command import printable
+
+BLUE, RED, GREEN, PINK = "#1f77b4", "#d62728", "#2ca02c", "#e377c2"
+UNPRUNED = "0.85"  # grey
+
+def plot(axis, lines, name, scale, **style):
+    """A value of the metrics over the epochs."""
+    epochs, values = [line["epoch"] for line in lines], [scale * line[name] for line in lines]
+    axis.plot(epochs, values, markersize=3, linewidth=1.2, **style)
+
+def add_legend(axis):
+    """A legend above the panel, where it hides nothing."""
+    axis.legend(frameon=False, fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(0, 1),
+                borderaxespad=0)
+
+def draw_search(part, search):
+    """Expected and most probable MACs against the target band, and how decided the sizes are, over
+    the epochs of a search."""
+    share = 100 / search.full_macs
+    low, high = search.target * (1 - search.tolerance), search.target * (1 + search.tolerance)
+    macs, decided = part.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    macs.axhspan(share * low, share * high, color=UNPRUNED, label="target band")
+    plot(macs, search.lines, "expected_macs", share, color=BLUE, marker="o", label="expected")
+    plot(macs, search.lines, "argmax_macs", share, color=RED, marker="s", label="most probable")
+    plot(decided, search.lines, "width_discrepancy", 1, color=GREEN, marker="o", label="widths")
+    plot(decided, search.lines, "depth_discrepancy", 1, color=PINK, marker="s", label="depths")
+    macs.set_ylabel("MACs (% of unpruned)")
+    decided.set(xlabel="epoch of the search", ylabel="first minus second\nprobability")
+    decided.xaxis.get_major_locator().set_params(integer=True)
+    add_legend(macs)
+    add_legend(decided)
+    part.suptitle("the search of the sizes below", fontsize="medium")
+
+def draw_sizes(part, search):
+    """Found widths over the unpruned ones, conv by conv."""
+    shape, full, axis = search.shape, search.shape.full, part.subplots()
+    found = [shape.stem]
+    for blocks, unpruned in zip(shape.stages, full.stages):
+        axis.axvline(len(found) - 0.5, color="0.4", linewidth=0.8, linestyle=":")
+        found += itertools.chain(*blocks)
+        found += [0] * len(unpruned[0]) * (len(unpruned) - len(blocks))
+    axis.bar(range(len(found)), full.convs, color=UNPRUNED, width=0.9, label="unpruned")
+    axis.bar(range(len(found)), found, color=BLUE, width=0.9, label="found")
+    dropped = [i for i, width in enumerate(found) if width == 0]
+    if dropped:
+        middle = [full.convs[i] / 2 for i in dropped]
+        axis.plot(dropped, middle, "x", color=RED, label="conv of a dropped block")
+    axis.set(xlabel="conv, in order (dotted: a stage begins)", ylabel="channels",
+             xlim=(-0.6, len(found) - 0.4))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    add_legend(axis)
+    asked, left = search.target / search.full_macs, search.macs / search.full_macs
+    title = (f"{search.path}, seed {search.seed}: {asked:.1%} of the MACs of {shape.arch} asked, "
+             f"{left:.1%} found")
+    part.suptitle(printable(title)[:150], fontsize="medium")
