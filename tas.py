@@ -155,15 +155,13 @@ def find_arch(name):
 
 def check_whole(name, value, low, high):
     """TASError unless `value` is a whole number from low to high."""
-    if type(value) is not int or not low <= value <= high:
-        huge = type(value) is int and abs(value) > 10 ** 40  # too long to print
-        raise TASError(f"{name} must be a whole number from {low} to {high}, not "
-                       + ("a huge one" if huge else str(value)[:40]))
+    require(type(value) is int and low <= value <= high,
+            f"{name} must be a whole number from {low} to {high}, not {str(value)[:40]}")
 
 def check_list(name, value, low, high):
     """TASError unless `value` is a list of low to high items."""
-    right = isinstance(value, (list, tuple)) and low <= len(value) <= high
-    require(right, f"{name} must be a list of {low} to {high} items, not {str(value)[:40]}")
+    require(isinstance(value, (list, tuple)) and low <= len(value) <= high,
+            f"{name} must be a list of {low} to {high} items, not {str(value)[:40]}")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -288,6 +286,10 @@ def candidate_depths(blocks):
     """All numbers of blocks of a short stage; odd numbers, and all blocks, of a long one."""
     return (*range(1, blocks, 1 if blocks <= DENSE_DEPTHS else 2), blocks)
 
+def padded(rows, value=0):
+    """Rows of whole numbers as a tensor [rows, longest], the shorter ones filled with a value."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
+
 class Space:
     """What may be pruned of `full`, an unpruned Shape (paper: search space). widths[j]: candidate
     widths of conv j, in order; depths[s]: candidate numbers of blocks of stage s. `search` "width"
@@ -305,32 +307,23 @@ class Space:
 
     def tabulate(self):
         """The tables of the cost, float64 (exact for whole numbers up to 2^53). L layers; for the
-        lists of channels see Layer; K and D are the largest numbers of candidates."""
+        list of channels see Layer; K and D are the largest numbers of candidates."""
         self.arch = ARCHS[self.full.arch]._replace(depths=tuple(map(len, self.full.stages)))
         self.block_convs = len(self.arch.kernels)
-        self.num_widths, self.num_depths = max(map(len, self.widths)), max(map(len, self.depths))
+        widths, depths = padded(self.widths), padded(self.depths)  # [convs, K], [stages, D]
+        self.num_widths, self.num_depths = widths.shape[1], depths.shape[1]
+        blocks_before = torch.tensor([0, *self.arch.depths]).cumsum(0)[:-1, None]  # [stages, 1]
+        self.last_conv = (blocks_before + depths) * self.block_convs  # [stages, D] of the stage
+        self.has_depth = (depths > 0).double()
+        exits = widths[self.last_conv[:, 0]]  # [stages, K], alike for all depths
+        self.one = torch.eye(1, self.num_widths).double()  # [1, K] one channel; its probability
+        channels = torch.cat([widths.double(), exits, self.one])  # of Layer's list
         layers = network_layers(self.arch, self.full.image_size, self.full.num_classes)
-        self.c_in, self.c_out, self.stage, *_ = map(torch.tensor, zip(*layers))  # [L] each
-        self.cost = torch.zeros(len(layers), self.num_widths, self.num_widths).double()
-        self.kept = torch.zeros(len(layers), self.num_depths).double()
-        self.last_conv = torch.zeros(len(self.depths), self.num_depths).long()
-        self.has_depth = torch.zeros(len(self.depths), self.num_depths).double()
-        blocks_before = [0, *itertools.accumulate(self.arch.depths)]
-        for s, depths in enumerate(self.depths):
-            for d, depth in enumerate(depths):  # which conv then ends the stage
-                self.last_conv[s, d] = (blocks_before[s] + depth) * self.block_convs
-                self.has_depth[s, d] = 1
-        exits = [self.widths[last] for last in self.last_conv[:, 0]]  # alike for all depths
-        candidates = [torch.tensor(row).double() for row in (*self.widths, *exits, (1,))]
-        for i, layer in enumerate(layers):
-            c_in, c_out = candidates[layer.c_in][:, None], candidates[layer.c_out]
-            table = layer.macs * c_in * c_out
-            if layer.free:
-                table = table.masked_fill(c_in == c_out, 0)
-            self.cost[i, :len(c_in), :len(c_out)] = table  # by input and output candidate
-            for d, depth in enumerate(self.depths[layer.stage]):
-                self.kept[i, d] = layer.block < depth  # whether the depth has the layer
-        self.one = F.one_hot(torch.tensor([0]), self.num_widths).double()  # [1, K]
+        self.c_in, self.c_out, self.stage, block, macs, free = map(torch.tensor, zip(*layers))
+        c_in, c_out = channels[self.c_in, :, None], channels[self.c_out, None]
+        identity = free[:, None, None] & (c_in == c_out)
+        self.cost = (macs[:, None, None] * c_in * c_out).masked_fill(identity, 0)  # [L, K, K]
+        self.kept = (block[:, None] < depths[self.stage]).double()  # [L, D] has the depth the layer
 
     def to(self, device):
         """Move the tables, once, so that the cost is computed where alpha and beta are."""
@@ -341,14 +334,14 @@ class Space:
 
     def shape(self, width_index, depth_index):
         """The Shape of one candidate per conv and per stage; indices are sequences of int."""
-        widths = [row[int(i)] for row, i in zip(self.widths, width_index)]
-        stages, conv = [], 1
-        for blocks, depths, i in zip(self.full.stages, self.depths, depth_index):
-            starts = range(conv, conv + len(blocks) * self.block_convs, self.block_convs)
-            every = [widths[start:start + self.block_convs] for start in starts]
-            stages.append(every[:depths[int(i)]])
-            conv += len(blocks) * self.block_convs
-        return dataclasses.replace(self.full, stem=widths[0], stages=stages)
+        stem, *widths = [row[int(i)] for row, i in zip(self.widths, width_index)]
+        starts = range(0, len(widths), self.block_convs)
+        blocks = [widths[start:start + self.block_convs] for start in starts]  # dropped ones too
+        stages = []
+        for most, depths, i in zip(self.arch.depths, self.depths, depth_index):
+            stages.append(blocks[:depths[int(i)]])
+            blocks = blocks[most:]
+        return dataclasses.replace(self.full, stem=stem, stages=stages)
 
 def expected_macs(space, p, q):
     """Expected MACs of a network with independent sizes (paper: expected cost), float64, 0-d.
@@ -362,14 +355,9 @@ def expected_macs(space, p, q):
     return (q[space.stage] * space.kept).sum(1) @ cost  # P(the layer is there) times its cost
 
 def argmax_macs(space, p, q):
-    """MACs of the most probable network, looked up; 0-d, on the device of p and q."""
-    space.to(p.device)
-    width, depth = p.argmax(1), q.argmax(1, keepdim=True)  # [convs], [stages, 1]
-    exits = width[space.last_conv.gather(1, depth)[:, 0]]  # [stages]
-    sizes = torch.cat([width, exits, torch.zeros_like(exits[:1])])  # of Layer's list: candidates
-    kept = space.kept.gather(1, depth[space.stage])[:, 0]  # [L]
-    layers = torch.arange(len(kept), device=kept.device)
-    return kept @ space.cost[layers, sizes[space.c_in], sizes[space.c_out]]
+    """MACs of the most probable network, exactly; 0-d, on the device of p and q."""
+    p, q = (torch.zeros_like(t).scatter(1, t.argmax(1, keepdim=True), 1) for t in (p, q))
+    return expected_macs(space, p, q)  # one-hot
 
 # ---- Networks -----------------------------------------------------------------------------------
 
@@ -581,14 +569,10 @@ class SuperResNet(nn.Module):
             if isinstance(module, MixedConv):
                 self.groups.setdefault(module.conv.out_channels, []).append(module)
         self.mixes = nn.ModuleList()
+        widths = padded(space.widths, 1)  # 1 is any width: where there is no candidate, weight is 0
         for channels, convs in self.groups.items():
-            widths = torch.zeros(len(convs), space.num_widths).long()
-            for g, conv in enumerate(convs):
-                candidates = torch.tensor(space.widths[conv.row])
-                widths[g] = candidates[0]  # also where the row has no candidate; its weight is 0
-                widths[g, :len(candidates)] = candidates
             rows = torch.tensor([conv.row for conv in convs])
-            self.mixes.append(ChannelMix(channels, widths, rows, align))
+            self.mixes.append(ChannelMix(channels, widths[rows], rows, align))
 
     def probabilities(self):
         """p [convs, K] and q [stages, D]."""
@@ -789,7 +773,7 @@ def extreme_way(chain, extreme):
         if link.before:
             options = zip(*[totals[j] for j, _ in link.before])
             inputs = [extreme(same_width) for same_width in options]
-        spent = torch.tensor([macs for macs, _ in inputs]).double()
+        spent = torch.tensor([macs for macs, _ in inputs], dtype=torch.float64)
         macs = (spent[:, None, None] + link.macs).flatten(0, 1)  # [A W, O]
         totals.append([])
         for o, column in enumerate(macs.T.tolist()):
