@@ -681,48 +681,61 @@ def scale_shape(space, target, tolerance=TOLERANCE, round_to=1):
 # own widths and on the width of what it takes in, and on nothing else. So the best network within
 # a budget is found by dynamic programming over the chain.
 
-class Link(NamedTuple):
-    """All choices in one link of the chain, by input width, inner widths and output width."""
+class Option(NamedTuple):
+    """One choice of the sizes in a link of the chain."""
 
-    macs: torch.Tensor   # [A, W, O]
-    score: torch.Tensor  # [A, W, O] log-probability of the inner widths and the output width
-    inner: tuple         # numbers of candidates of a block's inner convs; their product is W
-    stage: int           # of a block
-    before: list         # [(link, log-probability)] that this one can follow: the link before it
-    #                      or, after a stage, the last block of each candidate depth
+    stage: int      # of a block
+    source: int     # index of the width of its input
+    channels: list  # of its convs
+    macs: float
+    score: float    # log-probability of these widths
+
+class Link(NamedTuple):
+    """All choices in one link of the chain."""
+
+    options: list  # options[o]: the Options of output width o
+    before: list   # [(link, log-probability)] that this one can follow: the link before it or,
+    #                after a stage, the last block of each candidate depth
 
 def make_chain(space, log_p, log_q):
     """The Links of a space, in order."""
-    space.to(torch.device("cpu"))
-    counts = [len(row) for row in space.widths]
-    stem = space.cost[0, :1, None, :counts[0]]  # [1, 1, O]
-    chain = [Link(stem, log_p[0][None, None], (), 0, [])]
-    layer, conv, c_in, before = 1, 1, counts[0], [(0, 0.0)]
+    cost, log_p, log_q = space.cost.tolist(), *([r.tolist() for r in x] for x in (log_p, log_q))
+    stem = [[Option(0, 0, [width], cost[0][0][o], log_p[0][o])]
+            for o, width in enumerate(space.widths[0])]
+    chain, before = [Link(stem, [])], [(0, 0.0)]
     for s, blocks in enumerate(space.full.stages):
         first = len(chain)
         for _ in blocks:
-            inner = tuple(counts[conv:conv + space.block_convs - 1])
-            macs, score, c = torch.zeros(c_in), torch.zeros(c_in), c_in  # [A]
-            for _ in range(space.block_convs):
-                macs = macs[..., None] + space.cost[layer, :c, :counts[conv]]  # [A, ..., K]
-                score = score[..., None] + log_p[conv]
-                layer, conv, c = layer + 1, conv + 1, counts[conv]
-            projection = space.cost[layer, :c_in, None, :c]  # [A, 1, O]
-            macs, score = macs.flatten(1, -2) + projection, score.flatten(1, -2)  # [A, W, O]
-            chain.append(Link(macs, score, inner, s, before))
-            layer, c_in, before = layer + 1, c, [(len(chain) - 1, 0.0)]
-        depths = zip(space.depths[s], log_q[s].tolist())
-        before = [(first + depth - 1, log) for depth, log in depths]
-    classifier = space.cost[layer, :c_in, None, :1]  # [A, 1, 1]
-    return [*chain, Link(classifier, torch.zeros_like(classifier), (), 0, before)]
+            chain.append(Link(block_options(space, cost, log_p, s, len(chain) - 1), before))
+            before = [(len(chain) - 1, 0.0)]
+        before = [(first + depth - 1, log) for depth, log in zip(space.depths[s], log_q[s])]
+    inputs = range(len(chain[-1].options))
+    return [*chain, Link([[Option(s, a, [], cost[-1][a][0], 0.0) for a in inputs]], before)]
+
+def block_options(space, cost, log_p, stage, block):
+    """The Options of a block, by output width."""
+    before, end = space.block_convs * block, space.block_convs * (block + 1)  # last convs
+    layer = before + block + 1  # its first one; each block before has a projection, too
+    options = [[] for _ in space.widths[end]]
+    for choice in itertools.product(*map(enumerate, space.widths[before:end + 1])):
+        (source, _), *chosen = choice
+        macs, score, c = 0.0, 0.0, source
+        for i, (k, _) in enumerate(chosen):
+            macs += cost[layer + i][c][k]
+            score += log_p[before + 1 + i][k]
+            c = k
+        macs += cost[layer + space.block_convs][source][c]  # the projection
+        options[c].append(Option(stage, source, [width for _, width in chosen], macs, score))
+    return options
 
 def forward_pass(chain, cell, num_cells, join):
-    """Scores of all ways through the chain, by the MACs that they spend, in cells:
+    """Scores of all ways through the chain, by the MACs m that they spend, in cells:
 
         entering_i[a, m] = join over (j, log q) in before_i of leaving_j[a, m] + log q
-        leaving_i[o, m]  = join over a, w of entering_i[a, m - macs_i[a, w, o]] + score_i[a, w, o]
+        leaving_i[o, m]  = join over the options x of output width o
+                           of entering_i[source_x, m - macs_x] + score_x
 
-    where macs_i is rounded to cells. join is torch.maximum for the best way, and torch.logaddexp
+    where macs_x is rounded to cells. join is torch.maximum for the best way, and torch.logaddexp
     for the sum over all ways. Returns entering and leaving, each a list of [widths, cells]."""
     entering, leaving = [], []
     for link in chain:
@@ -730,69 +743,62 @@ def forward_pass(chain, cell, num_cells, join):
         state[0, 0] = 0  # the image, at no cost
         if link.before:
             state = functools.reduce(join, [leaving[j] + log for j, log in link.before])
+        reached = torch.full((len(link.options), num_cells), -math.inf).double()
+        for o, options in enumerate(link.options):
+            for option in options:
+                spent = round(option.macs / cell)
+                if spent < num_cells:
+                    old = reached[o, spent:]
+                    join(old, state[option.source, :num_cells - spent] + option.score, out=old)
         entering.append(state)
-        leaving.append(pass_link(link, state, cell, join))
+        leaving.append(reached)
     return entering, leaving
 
-def pass_link(link, entering, cell, join):
-    """The second line of the recurrence: [A, cells] -> [O, cells]."""
-    num_cells = entering.shape[1]
-    spent, score = (link.macs / cell).round().long().tolist(), link.score.tolist()
-    leaving = torch.full((link.macs.shape[2], num_cells), -math.inf).double()
-    for a, w, o in itertools.product(*map(range, link.macs.shape)):
-        m = spent[a][w][o]
-        if m < num_cells:
-            reached = leaving[o, m:]
-            join(reached, entering[a, :num_cells - m] + score[a][w][o], out=reached)
-    return leaving
-
 def way_back(chain, cell, m, entering, leaving, pick):
-    """A way that spends m cells, from the classifier back to the stem: [(link, inner choice, output
-    width)], the stem first. pick chooses among all ways to a state by their scores."""
+    """A way that spends m cells, from the classifier back to the stem: its Options, the stem's
+    first. pick chooses among all ways to a state by their scores."""
     way, i, o = [], len(chain) - 1, 0
     while i > 0:  # until the stem, which has one way to each of its widths
-        link = chain[i]
-        left = m - (link.macs[:, :, o] / cell).round().long()  # [A, W] cells spent before
-        score = entering[i].gather(1, left.clamp(min=0)) + link.score[:, :, o]  # [A, W]
-        chosen = int(pick(score.masked_fill(left < 0, -math.inf).flatten()))
-        a, inner = divmod(chosen, left.shape[1])
-        way.insert(0, (i, inner, o))
-        m, o, choice = int(left[a, inner]), a, 0
-        if len(link.before) > 1:
-            choice = int(pick(torch.stack([leaving[j][a, m] + log for j, log in link.before])))
-        i = link.before[choice][0]
-    return [(0, 0, o), *way]
+        options, before = chain[i].options[o], chain[i].before
+        source = torch.tensor([option.source for option in options])
+        score = torch.tensor([option.score for option in options]).double()
+        left = m - torch.tensor([round(option.macs / cell) for option in options])
+        score = (entering[i][source, left.clamp(min=0)] + score).masked_fill(left < 0, -math.inf)
+        chosen = int(pick(score))
+        way.insert(0, options[chosen])
+        m, o, choice = int(left[chosen]), options[chosen].source, 0
+        if len(before) > 1:
+            choice = int(pick(torch.stack([leaving[j][o, m] + log for j, log in before])))
+        i = before[choice][0]
+    return [chain[0].options[o][0], *way]
 
 def extreme_way(chain, extreme):
     """The fewest or the most MACs, and a way that spends them; extreme: the function min or max.
 
-        total_i[o] = extreme over j in before_i, a, w of total_j[a] + macs_i[a, w, o]"""
+        total_i[o] = extreme over j in before_i and the options x of output width o
+                     of total_j[source_x] + macs_x"""
+    def macs_of(total):
+        return total[0]
+
     totals = []  # of each link and output width: (MACs, way)
-    for i, link in enumerate(chain):
+    for link in chain:
         inputs = [(0.0, [])]
         if link.before:
-            options = zip(*[totals[j] for j, _ in link.before])
-            inputs = [extreme(same_width) for same_width in options]
-        spent = torch.tensor([macs for macs, _ in inputs], dtype=torch.float64)
-        macs = (spent[:, None, None] + link.macs).flatten(0, 1)  # [A W, O]
+            same_width = zip(*[totals[j] for j, _ in link.before])
+            inputs = [extreme(ways, key=macs_of) for ways in same_width]
         totals.append([])
-        for o, column in enumerate(macs.T.tolist()):
-            best = extreme(column)
-            a, inner = divmod(column.index(best), link.macs.shape[1])
-            totals[i].append((best, inputs[a][1] + [(i, inner, o)]))
+        for options in link.options:
+            best = extreme(options, key=lambda option: inputs[option.source][0] + option.macs)
+            macs, way = inputs[best.source]
+            totals[-1].append((macs + best.macs, [*way, best]))
     return totals[-1][0]
 
-def shape_of_way(space, chain, way):
-    """The Shape of [(link, inner choice, output width)]."""
-    width_index, depths = [0] * len(space.widths), [0] * len(space.depths)
-    for i, inner, o in way[:-1]:  # without the classifier
-        link, conv = chain[i], space.block_convs * i  # the last conv of the link
-        width_index[conv] = o
-        if i > 0:  # a block
-            depths[link.stage] += 1
-            choices = torch.unravel_index(torch.tensor(inner), link.inner)
-            width_index[conv - len(choices):conv] = [int(choice) for choice in choices]
-    return space.shape(width_index, [row.index(d) for row, d in zip(space.depths, depths)])
+def shape_of_way(space, way):
+    """The Shape of Options from the stem's to the classifier's."""
+    stages = [[] for _ in space.depths]
+    for option in way[1:-1]:
+        stages[option.stage].append(option.channels)
+    return dataclasses.replace(space.full, stem=way[0].channels[0], stages=stages)
 
 def shape_in_band(space, log_p, log_q, target, tolerance, join, pick):
     """The most probable Shape in the band, or a drawn one. MACs are rounded to cells so small that
@@ -812,10 +818,10 @@ def shape_in_band(space, log_p, log_q, target, tolerance, join, pick):
             score = leaving[-1][0].masked_fill(~sure, -math.inf)  # [cells] of whole networks
             if score.max() > -math.inf:
                 way = way_back(chain, cell, int(pick(score)), entering, leaving, pick)
-                return shape_of_way(space, chain, way)
+                return shape_of_way(space, way)
         for macs, way in ((fewest, way_of_fewest), (most, way_of_most)):
             if in_band(macs, target, tolerance):  # at the very edge of the band
-                return shape_of_way(space, chain, way)
+                return shape_of_way(space, way)
     full = count_macs(space.full)
     raise TASError(f"no shape has {target:,.0f} MACs within {tolerance:.1%}; possible are "
                    f"{fewest:,.0f} to {most:,.0f} ({fewest / full:.3f} to {most / full:.3f} of the "
