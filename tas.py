@@ -15,7 +15,6 @@ kd_loss; training: train; the search: search.
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
 import io
@@ -180,13 +179,14 @@ class Shape:
         check_whole("image_size", self.image_size, 8, 1024)
         check_whole("stem", self.stem, 1, unpruned[0][0][0])
         check_list("stages", self.stages, len(unpruned), len(unpruned))
+        copied = []
         for s, (blocks, most) in enumerate(zip(self.stages, unpruned)):
             check_list(f"stages[{s}]", blocks, 1, len(most))
             for b, widths in enumerate(blocks):
                 check_list(f"stages[{s}][{b}]", widths, len(most[b]), len(most[b]))
                 for i, width in enumerate(widths):
                     check_whole(f"stages[{s}][{b}][{i}]", width, 1, most[b][i])
-        copied = [[list(widths) for widths in blocks] for blocks in self.stages]
+            copied.append([list(widths) for widths in blocks])
         object.__setattr__(self, "stages", copied)  # past the frozen dataclass
 
     @property
@@ -467,8 +467,7 @@ def sample_sizes(alpha, beta, tau, num_samples=NUM_SAMPLES, gumbel=True):
         return -torch.empty_like(logits).exponential_().log()
 
     def perturb(logits):
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        log_p = logits.log_softmax(-1, dtype=dtype)
+        log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         return (log_p + gumbel_noise(log_p) if gumbel else log_p) / tau
 
     z = perturb(alpha)  # [convs, K]
@@ -528,8 +527,7 @@ class MixedBlock(nn.Module):
         super().__init__()
         self.convs, self.projection, c = nn.ModuleList(), None, c_in
         for i, width in enumerate(widths):
-            conv = conv2d(c, width, arch.kernels[i], strides[i])
-            self.convs.append(MixedConv(conv, row + i))
+            self.convs.append(MixedConv(conv2d(c, width, arch.kernels[i], strides[i]), row + i))
             c = width
         if projection := projection_layers(arch, c_in, c, strides):
             self.pool, conv = projection
@@ -777,15 +775,11 @@ def extreme_way(chain, extreme):
 
         total_i[o] = extreme over j in before_i and the options x of output width o
                      of total_j[source_x] + macs_x"""
-    def macs_of(total):
-        return total[0]
-
     totals = []  # of each link and output width: (MACs, way)
     for link in chain:
         inputs = [(0.0, [])]
         if link.before:
-            same_width = zip(*[totals[j] for j, _ in link.before])
-            inputs = [extreme(ways, key=macs_of) for ways in same_width]
+            inputs = [extreme(ways) for ways in zip(*[totals[j] for j, _ in link.before])]
         totals.append([])
         for options in link.options:
             best = extreme(options, key=lambda option: inputs[option.source][0] + option.macs)
@@ -832,9 +826,9 @@ def shape_in_band(space, log_p, log_q, target, tolerance, join, pick):
 def kd_loss(student_logits, teacher_logits, labels, weight=KD_WEIGHT, temperature=KD_TEMPERATURE):
     """Knowledge distillation: (1 - weight) CE + weight T^2 KL(teacher || student at temperature T)
     of logits [N, classes] and labels [N]; the mean over the batch, 0-d."""
-    soft = F.kl_div(F.log_softmax(student_logits / temperature, 1),
-                    F.log_softmax(teacher_logits / temperature, 1),
-                    reduction="batchmean", log_target=True)
+    log_student = F.log_softmax(student_logits / temperature, 1)
+    log_teacher = F.log_softmax(teacher_logits / temperature, 1)
+    soft = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
     hard = F.cross_entropy(student_logits, labels)
     return (1 - weight) * hard + weight * temperature ** 2 * soft
 
@@ -926,14 +920,11 @@ class LargeImages(torch.utils.data.Dataset):
 
     def __init__(self, folder, size, device, workers):
         from torchvision.transforms import v2
-        self.folder, self.device, self.workers, self.loader = folder, device, workers, None
+        self.folder, self.device, self.workers = folder, device, workers
         self.labels, self.plain = torch.tensor(folder.targets), test_transform(size)
         self.augment = v2.Compose([
             v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
             v2.ColorJitter(COLOUR_JITTER, COLOUR_JITTER, COLOUR_JITTER), v2.PILToTensor()])
-
-    def __getstate__(self):
-        return vars(self) | {"loader": None}  # a copy of this split has its own
 
     def __getitem__(self, item):
         index, seed = item
@@ -945,13 +936,12 @@ class LargeImages(torch.utils.data.Dataset):
     def batches(self, order, batch_size, train, rank=0, world=1):
         """As those of SmallImages."""
         seeds = torch.randint(2 ** 62, (len(order),)).tolist() if train else [None] * len(order)
-        if self.loader is None:  # its own generator leaves the global random state alone
-            self.loader = torch.utils.data.DataLoader(
-                self, batch_sampler=[], num_workers=self.workers, generator=torch.Generator(),
-                pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0)
         batches = split_batches(list(zip(order.tolist(), seeds)), batch_size, train)
-        self.loader.batch_sampler[:] = [batch[rank::world] for batch in batches]
-        for images, labels in self.loader:
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=[batch[rank::world] for batch in batches], num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator())  # leaves the global random state alone
+        for images, labels in loader:
             images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
             yield normalize(images.contiguous(memory_format=torch.channels_last)), labels
 
@@ -1131,8 +1121,8 @@ def take_step(args, net, optimizer, loss_function, *inputs):
     return torch.stack([loss.detach().double(), accuracy])
 
 def mean_of_steps(run, epoch, steps):
-    """Mean loss and accuracy in % of an epoch's steps, over all processes; TASError where a loss is
-    not finite."""
+    """Mean loss and accuracy in % of an epoch's steps, over all processes; a finite loss, or else
+    TASError."""
     values = torch.stack(steps)  # [steps, 2]
     average_over_processes([values], run.args.world)
     for step, finite in enumerate(values[:, 0].isfinite().tolist()):
@@ -1242,7 +1232,6 @@ def search(run, data, space, target):
     args = run.args
     net = to_device(SuperResNet(space.to(args.device), args.align), args)
     halves = split_halves(data.train.labels, args.seed)
-    splits = copy.copy(data.train), copy.copy(data.train)  # each with worker processes of its own
     steps = len(halves[1]) // args.batch_size  # an epoch
     total = args.epochs * steps
     sizes = [net.alpha, net.beta]
@@ -1261,13 +1250,13 @@ def search(run, data, space, target):
         tau = temperature(epoch, args.epochs)
         device_tau.fill_(tau)
         net.train()
-        batches = [shuffled_batches(*each, args) for each in zip(splits, halves)]
-        for i, weight_batch, arch_batch in zip(range(epoch * steps, (epoch + 1) * steps), *batches):
+        batches = [shuffled_batches(data.train, half, args) for half in halves]
+        for i, batch, arch_batch in zip(range(epoch * steps, (epoch + 1) * steps), *batches):
             set_learning_rate(optimizer, i, total, 0, args.lr)
-            weight_seen.append(
-                take_step(args, net, optimizer, weight_loss, device_tau, *weight_batch))
-            arch_seen.append(
-                take_step(args, net, arch_optimizer, arch_loss, device_tau, target, *arch_batch))
+            result = take_step(args, net, optimizer, weight_loss, device_tau, *batch)
+            weight_seen.append(result)
+            result = take_step(args, net, arch_optimizer, arch_loss, device_tau, target, *arch_batch)
+            arch_seen.append(result)
             progress.step(arch_seen)
         train_loss, train_accuracy = mean_of_steps(run, epoch, weight_seen)
         val_loss, val_accuracy = mean_of_steps(run, epoch, arch_seen)
@@ -1451,8 +1440,7 @@ def native_precision(args):
 def load(path, trained=False):
     """The network, in eval mode, of a run directory of `train` with its weights or, unless it must
     be `trained`, a new one of a shape file."""
-    weights = Path(path) / "weights.pt"
-    trained = trained or Path(path).is_dir()
+    weights, trained = Path(path, "weights.pt"), trained or os.path.isdir(path)
     require(weights.exists() or not trained,
             f"{path} has no weights.pt; give the directory of a finished `train`")
     net = ResNet(Shape.load(path)).eval()
@@ -1694,9 +1682,8 @@ def build_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for function in (command_train, command_search, command_prune, command_eval):
         name = function.__name__.removeprefix("command_")
-        command = commands.add_parser(
-            name, help=function.__doc__, description=function.__doc__,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(function=function, more_follows=False)
         if name == "eval":
             command.add_argument("dir", help="directory of a finished train")
@@ -1709,10 +1696,9 @@ def build_parser():
         if name in ("search", "prune"):
             add_search_options(command)
         if name in ("train", "prune"):
-            command.add_argument("--teacher", help="directory of the trained unpruned network, or "
-                                 "torchvision")
-            command.add_argument("--transfer", choices=TRANSFERS, help="kd with a teacher: distil; "
-                                 "init: copy its first channels")
+            command.add_argument("--teacher", help="directory of the unpruned one, or torchvision")
+            command.add_argument("--transfer", choices=TRANSFERS,
+                                 help="kd with a teacher: distil; init: copy its first channels")
         add_data_options(command)
     return parser
 
@@ -1722,19 +1708,15 @@ def add_data_options(command):
     add("--data", choices=names, required=True)
     add("--data-dir", default="data", help="where the data is, or goes")
     add("--image-size", type=number(int, 8, 1024), help="pixels, 32 or 224; up to 64: in memory")
-    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count()),
-        help="processes that read images")
-    add("--batch-size", type=number(int, 1, 10 ** 6), default=BATCH_SIZE,
-        help="images, over all processes")
+    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count()), help="processes")
+    add("--batch-size", type=number(int, 1, 10 ** 6), default=BATCH_SIZE, help="of all processes")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="of everything random")
     add("--device", default="auto", help="cpu, cuda, ...; auto: cuda where there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it "
-        "is native")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 where native")
 
 def add_training_options(command):
     add = command.add_argument
-    add("--epochs", type=number(int, 1, 10 ** 5), help="of training 300, of a search 600, of "
-        "images above 64 pixels 120")
+    add("--epochs", type=number(int, 1, 10 ** 5), help="300, search 600; above 64 pixels 120")
     add("--lr", type=number(float, 1e-9, 1e9), default=LR, help="of the weights, at its highest")
     add("--weight-decay", type=number(float, 0, 1), help="5e-4, of images above 64 pixels 1e-4")
     add("--compile", choices=("on", "off"), default="off", help="torch.compile")
@@ -1744,14 +1726,11 @@ def add_training_options(command):
 def add_search_options(command):
     add = command.add_argument
     add("--flops", default=FLOPS, help="MACs: fraction of the unpruned, or such as 59.5M")
-    add("--tolerance", type=number(float, 0.001, 0.5), default=TOLERANCE,
-        help="half-width of the band, fraction of the target")
+    add("--tolerance", type=number(float, 0.001, 0.5), default=TOLERANCE, help="part of the target")
     add("--round", type=number(int, 1, 64), default=1, help="widths in multiples of this")
-    add("--arch-lr", type=number(float, 1e-9, 1e9), help="Adam's rate for alpha and beta, 1e-3 x "
-        "59,000 / steps within 1e-3 and 0.05")
+    add("--arch-lr", type=number(float, 1e-9, 1e9), help="59 / steps, within 1e-3 and 0.05")
     add("--search", choices=("both", "width", "depth"), default="both", help="what is searched")
-    add("--method", choices=("tas", "random", "uniform"), default="tas", help="random: any sizes; "
-        "uniform: one factor for all widths")
+    add("--method", choices=("tas", "random", "uniform"), default="tas", help="uniform: by a factor")
     add("--num-samples", type=number(int, 1, 8), default=NUM_SAMPLES, help="candidates mixed")
     add("--sampler", choices=("gumbel", "softmax"), default="gumbel")
     add("--align", choices=("cwi", "pad"), default="cwi", help="unequal widths: interpolate or pad")
