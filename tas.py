@@ -370,20 +370,6 @@ def init_conv(module):
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-def stem_layers(arch, c_out):
-    """The stem's conv and the pooling after its BN and ReLU."""
-    if arch.small:
-        return conv2d(3, c_out, 3), nn.Identity()
-    return conv2d(3, c_out, 7, 2), nn.MaxPool2d(3, 2, 1)
-
-def projection_layers(arch, c_in, c_out, strides):
-    """Pooling and 1x1 conv of a block's shortcut, or None where that is the identity."""
-    if 2 not in strides and c_in == c_out:
-        return None
-    if arch.small and 2 in strides:
-        return nn.AvgPool2d(2, ceil_mode=True), conv2d(c_in, c_out, 1)
-    return nn.Identity(), conv2d(c_in, c_out, 1, max(strides))
-
 class Block(nn.Module):
     """Residual block, basic or bottleneck, with torchvision's names. [N, c_in, H, W] ->
     [N, widths[-1], H/stride, W/stride]."""
@@ -396,9 +382,11 @@ class Block(nn.Module):
             self.add_module(f"bn{i + 1}", nn.BatchNorm2d(width))
             c = width
         self.pool, self.downsample = nn.Identity(), nn.Identity()
-        if projection := projection_layers(arch, c_in, c, strides):
-            self.pool, conv = projection
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(c))
+        stride = max(strides)
+        if stride == 2 or c_in != c:
+            if arch.small and stride == 2:  # averages, and then every position
+                self.pool, stride = nn.AvgPool2d(2, ceil_mode=True), 1
+            self.downsample = nn.Sequential(conv2d(c_in, c, 1, stride), nn.BatchNorm2d(c))
 
     def forward(self, x):
         y = x
@@ -413,11 +401,12 @@ class ResNet(nn.Module):
     """The network of a Shape, pruned or not. [N, 3, H, W] -> [N, classes]. Full ImageNet shapes
     take torchvision's state dicts and give its outputs."""
 
-    def __init__(self, shape):
+    def __init__(self, shape, init=True):
         super().__init__()
         self.shape, arch, c = shape, ARCHS[shape.arch], shape.stem
-        self.conv1, self.maxpool = stem_layers(arch, c)
+        self.conv1 = conv2d(3, c, 3) if arch.small else conv2d(3, c, 7, 2)
         self.bn1 = nn.BatchNorm2d(c)
+        self.maxpool = nn.Identity() if arch.small else nn.MaxPool2d(3, 2, 1)
         for s, blocks in enumerate(shape.stages):
             layer = nn.Sequential()
             for b, widths in enumerate(blocks):
@@ -425,12 +414,18 @@ class ResNet(nn.Module):
                 c = widths[-1]
             self.add_module(f"layer{s + 1}", layer)
         self.fc = nn.Linear(c, shape.num_classes)
-        self.apply(init_conv)
+        if init:
+            self.apply(init_conv)
+
+    @property
+    def layers(self):
+        """The stages, under torchvision's name."""
+        return [getattr(self, f"layer{s + 1}") for s in range(len(self.shape.stages))]
 
     def forward(self, x):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))  # [N, stem, H, W]; ImageNet H/4, W/4
-        for s in range(len(self.shape.stages)):
-            x = getattr(self, f"layer{s + 1}")(x)  # [N, C_s, H/2^s, W/2^s]
+        for layer in self.layers:
+            x = layer(x)  # [N, C_s, H/2^s, W/2^s]
         return self.fc(x.mean((2, 3)))  # [N, classes]
 
 # ---- Transformable network ----------------------------------------------------------------------
@@ -520,18 +515,16 @@ class MixedConv(nn.Module):
         return F.conv2d(x, matrix, bias)
 
 class MixedBlock(nn.Module):
-    """A residual block of searched convs, the first of which has this row of alpha. The projection
-    shares the sample of the last conv. Zeros past the widths make unequal ones add up."""
+    """A Block of searched convs, the first of which has this row of alpha. The projection shares
+    the sample of the last conv. Zeros past the widths make unequal ones add up."""
 
-    def __init__(self, arch, c_in, widths, strides, row):
+    def __init__(self, block, row):
         super().__init__()
-        self.convs, self.projection, c = nn.ModuleList(), None, c_in
-        for i, width in enumerate(widths):
-            self.convs.append(MixedConv(conv2d(c, width, arch.kernels[i], strides[i]), row + i))
-            c = width
-        if projection := projection_layers(arch, c_in, c, strides):
-            self.pool, conv = projection
-            self.projection = MixedConv(conv, self.convs[-1].row)
+        self.convs, self.pool, self.projection = nn.ModuleList(), block.pool, None
+        for i in range(block.num_convs):
+            self.convs.append(MixedConv(getattr(block, f"conv{i + 1}"), row + i))
+        if isinstance(block.downsample, nn.Sequential):
+            self.projection = MixedConv(block.downsample[0], self.convs[-1].row)
 
     def forward(self, x, mixes):
         y = self.convs[0](x, mixes)
@@ -549,16 +542,15 @@ class SuperResNet(nn.Module):
 
     def __init__(self, space, align="cwi"):
         super().__init__()
-        self.space, self.align, c, row = space, align, space.full.stem, 1
-        conv, self.maxpool = stem_layers(space.arch, c)
-        self.stem, self.stages = MixedConv(conv, 0), nn.ModuleList()
-        for s, blocks in enumerate(space.full.stages):
+        self.space, self.align = space, align
+        net, row = ResNet(space.full, init=False), 1
+        self.stem, self.maxpool, self.stages = MixedConv(net.conv1, 0), net.maxpool, nn.ModuleList()
+        for layer in net.layers:
             self.stages.append(nn.ModuleList())
-            for b, widths in enumerate(blocks):
-                strides = space.arch.conv_strides(s, b)
-                self.stages[s].append(MixedBlock(space.arch, c, widths, strides, row))
-                c, row = widths[-1], row + len(widths)
-        self.fc = nn.Linear(c, space.full.num_classes)
+            for block in layer:
+                self.stages[-1].append(MixedBlock(block, row))
+                row += block.num_convs
+        self.fc = net.fc
         self.alpha = initial_logits(space.widths, space.num_widths)
         self.beta = initial_logits(space.depths, space.num_depths)
         self.apply(init_conv)
@@ -1073,10 +1065,6 @@ def set_learning_rate(optimizer, step, steps, warmup, highest):
     factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
     optimizer.param_groups[0]["lr"] = highest * factor
 
-def temperature(epoch, epochs):
-    """Gumbel temperature tau of an epoch: linear from TAU_START to TAU_END."""
-    return TAU_START + (TAU_END - TAU_START) * epoch / max(1, epochs - 1)
-
 def training_loss(args, net, teacher, x, y):
     """Of a batch x [N, 3, H, W], y [N], under a teacher if there is one: what is minimised, the
     loss that is reported, and the logits [N, classes]."""
@@ -1121,8 +1109,7 @@ def take_step(args, net, optimizer, loss_function, *inputs):
     return torch.stack([loss.detach().double(), accuracy])
 
 def mean_of_steps(run, epoch, steps):
-    """Mean loss and accuracy in % of an epoch's steps, over all processes; a finite loss, or else
-    TASError."""
+    """Mean loss and accuracy in % of an epoch's steps and all processes; TASError if not finite."""
     values = torch.stack(steps)  # [steps, 2]
     average_over_processes([values], run.args.world)
     for step, finite in enumerate(values[:, 0].isfinite().tolist()):
@@ -1247,16 +1234,15 @@ def search(run, data, space, target):
 
     for epoch in range(len(metrics), args.epochs):
         start, weight_seen, arch_seen = time.perf_counter(), [], []
-        tau = temperature(epoch, args.epochs)
+        tau = TAU_START + (TAU_END - TAU_START) * epoch / max(1, args.epochs - 1)
         device_tau.fill_(tau)
         net.train()
         batches = [shuffled_batches(data.train, half, args) for half in halves]
         for i, batch, arch_batch in zip(range(epoch * steps, (epoch + 1) * steps), *batches):
             set_learning_rate(optimizer, i, total, 0, args.lr)
-            result = take_step(args, net, optimizer, weight_loss, device_tau, *batch)
-            weight_seen.append(result)
-            result = take_step(args, net, arch_optimizer, arch_loss, device_tau, target, *arch_batch)
-            arch_seen.append(result)
+            weight_seen.append(take_step(args, net, optimizer, weight_loss, device_tau, *batch))
+            arch_seen.append(
+                take_step(args, net, arch_optimizer, arch_loss, device_tau, target, *arch_batch))
             progress.step(arch_seen)
         train_loss, train_accuracy = mean_of_steps(run, epoch, weight_seen)
         val_loss, val_accuracy = mean_of_steps(run, epoch, arch_seen)
@@ -1273,11 +1259,8 @@ def measure_sizes(net):
     """MACs, and how decided alpha and beta are: top minus second probability, a mean over the sizes
     that have a choice."""
     def discrepancy(probabilities, rows):
-        open_rows = [i for i, row in enumerate(rows) if len(row) > 1]
-        if not open_rows:
-            return 0.0
-        top = probabilities[open_rows].double().topk(2).values  # [rows, 2]
-        return float((top[:, 0] - top[:, 1]).mean())
+        tops = [p.topk(2).values for p, row in zip(probabilities.double(), rows) if len(row) > 1]
+        return -float(torch.stack(tops).diff().mean()) if tops else 0.0
 
     p, q = net.probabilities()
     return {"expected_macs": float(expected_macs(net.space, p, q)),
@@ -1708,8 +1691,10 @@ def add_data_options(command):
     add("--data", choices=names, required=True)
     add("--data-dir", default="data", help="where the data is, or goes")
     add("--image-size", type=number(int, 8, 1024), help="pixels, 32 or 224; up to 64: in memory")
-    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count()), help="processes")
-    add("--batch-size", type=number(int, 1, 10 ** 6), default=BATCH_SIZE, help="of all processes")
+    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count()),
+        help="processes that read images")
+    add("--batch-size", type=number(int, 1, 10 ** 6), default=BATCH_SIZE,
+        help="images, over all processes")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="of everything random")
     add("--device", default="auto", help="cpu, cuda, ...; auto: cuda where there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 where native")
@@ -1730,7 +1715,8 @@ def add_search_options(command):
     add("--round", type=number(int, 1, 64), default=1, help="widths in multiples of this")
     add("--arch-lr", type=number(float, 1e-9, 1e9), help="59 / steps, within 1e-3 and 0.05")
     add("--search", choices=("both", "width", "depth"), default="both", help="what is searched")
-    add("--method", choices=("tas", "random", "uniform"), default="tas", help="uniform: by a factor")
+    add("--method", choices=("tas", "random", "uniform"), default="tas",
+        help="random: any sizes; uniform: one factor for all widths")
     add("--num-samples", type=number(int, 1, 8), default=NUM_SAMPLES, help="candidates mixed")
     add("--sampler", choices=("gumbel", "softmax"), default="gumbel")
     add("--align", choices=("cwi", "pad"), default="cwi", help="unequal widths: interpolate or pad")
