@@ -578,27 +578,21 @@ class SuperResNet(nn.Module):
         width = widths[self.stem]
         for stage, depths, q_hat in zip(self.stages, self.space.depths, sample.depth):
             # Sum over depths d of q_hat_d * CWI(output of block d, M), as one 1x1 conv over all.
-            outputs = []
+            outputs, reached = [], []
             for b, block in enumerate(stage):
                 x = block(x, mixes)  # [N, C, H, W]
+                own = widths[block.convs[-1]]
+                # With an identity shortcut, a block is as wide as the wider one of its summands.
+                width = torch.maximum(width, own) if block.projection is None else own
                 if b + 1 in depths:
                     outputs.append(x)
-            cwi, width = self.mix_depths(stage, depths, width, widths, x.shape[1], q_hat.dtype)
+                    reached.append(width)
+            source = torch.stack(reached)[:, None, None]  # [D, 1, 1]
+            target = width if self.align == "cwi" else source
+            cwi = cwi_matrix(source, target, x.shape[1], q_hat.dtype)  # [D, C, C]
             matrix = (cwi * q_hat[:len(depths), None, None]).transpose(0, 1)  # [C, D, C]
             x = F.conv2d(torch.cat(outputs, 1), matrix.flatten(1)[..., None, None])
         return self.fc(x.mean((2, 3)))  # [N, classes]
-
-    def mix_depths(self, stage, depths, width, widths, channels, dtype):
-        """CWI matrices [D, C, C] of the outputs of the candidate depths to the width of the widest,
-        and that width; `width` of the stage's input, `widths` of all convs."""
-        ends = torch.stack([width, *[widths[block.convs[-1]] for block in stage]])
-        if stage[0].projection is not None:
-            ends = ends[1:]
-        # With an identity shortcut, a block is as wide as the wider one of its summands.
-        reached = ends.cummax(0).values[-len(stage):]  # [blocks]
-        sources = torch.stack([reached[depth - 1] for depth in depths])[:, None, None]
-        target = reached[-1] if self.align == "cwi" else sources
-        return cwi_matrix(sources, target, channels, dtype), reached[-1]
 
 def initial_logits(rows, size):
     """Logits [rows, size] of candidates; those that a row lacks are ABSENT."""
@@ -689,33 +683,36 @@ class Link(NamedTuple):
 
 def make_chain(space, log_p, log_q):
     """The Links of a space, in order."""
-    cost, log_p, log_q = space.cost.tolist(), *([r.tolist() for r in x] for x in (log_p, log_q))
-    stem = [[Option(0, 0, [width], cost[0][0][o], log_p[0][o])]
-            for o, width in enumerate(space.widths[0])]
+    cost, log_p = space.cost.tolist(), [row.tolist() for row in log_p]
+    stem = []
+    for o, width in enumerate(space.widths[0]):
+        stem.append([Option(0, 0, [width], cost[0][0][o], log_p[0][o])])
     chain, before = [Link(stem, [])], [(0, 0.0)]
     for s, blocks in enumerate(space.full.stages):
         first = len(chain)
         for _ in blocks:
             chain.append(Link(block_options(space, cost, log_p, s, len(chain) - 1), before))
             before = [(len(chain) - 1, 0.0)]
-        before = [(first + depth - 1, log) for depth, log in zip(space.depths[s], log_q[s])]
+        depths = zip(space.depths[s], log_q[s].tolist())
+        before = [(first + depth - 1, log) for depth, log in depths]
     inputs = range(len(chain[-1].options))
-    return [*chain, Link([[Option(s, a, [], cost[-1][a][0], 0.0) for a in inputs]], before)]
+    classifier = [Option(s, source, [], cost[-1][source][0], 0.0) for source in inputs]
+    return [*chain, Link([classifier], before)]
 
 def block_options(space, cost, log_p, stage, block):
     """The Options of a block, by output width."""
-    before, end = space.block_convs * block, space.block_convs * (block + 1)  # last convs
-    layer = before + block + 1  # its first one; each block before has a projection, too
-    options = [[] for _ in space.widths[end]]
-    for choice in itertools.product(*map(enumerate, space.widths[before:end + 1])):
-        (source, _), *chosen = choice
+    conv, layer = space.block_convs * block, (space.block_convs + 1) * block  # those before it
+    rows = space.widths[conv:conv + space.block_convs + 1]
+    options = [[] for _ in rows[-1]]
+    for source, *index in itertools.product(*[range(len(row)) for row in rows]):
         macs, score, c = 0.0, 0.0, source
-        for i, (k, _) in enumerate(chosen):
+        for i, k in enumerate(index, 1):
             macs += cost[layer + i][c][k]
-            score += log_p[before + 1 + i][k]
+            score += log_p[conv + i][k]
             c = k
-        macs += cost[layer + space.block_convs][source][c]  # the projection
-        options[c].append(Option(stage, source, [width for _, width in chosen], macs, score))
+        macs += cost[layer + space.block_convs + 1][source][c]  # the projection
+        channels = [row[k] for row, k in zip(rows[1:], index)]
+        options[c].append(Option(stage, source, channels, macs, score))
     return options
 
 def forward_pass(chain, cell, num_cells, join):
