@@ -15,7 +15,6 @@ kd_loss; training: train; the search: search.
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
 import io
@@ -157,15 +156,13 @@ def find_arch(name):
 
 def check_whole(name, value, low, high):
     """TASError unless `value` is a whole number from low to high."""
-    if type(value) is not int or not low <= value <= high:
-        huge = type(value) is int and abs(value) > 10 ** 40  # too long to print
-        raise TASError(f"{name} must be a whole number from {low} to {high}, not "
-                       + ("a huge one" if huge else str(value)[:40]))
+    require(type(value) is int and low <= value <= high,
+            f"{name} must be a whole number from {low} to {high}, not {str(value)[:40]}")
 
 def check_list(name, value, low, high):
     """TASError unless `value` is a list of low to high items."""
-    right = isinstance(value, (list, tuple)) and low <= len(value) <= high
-    require(right, f"{name} must be a list of {low} to {high} items, not {str(value)[:40]}")
+    require(isinstance(value, (list, tuple)) and low <= len(value) <= high,
+            f"{name} must be a list of {low} to {high} items, not {str(value)[:40]}")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -184,13 +181,14 @@ class Shape:
         check_whole("image_size", self.image_size, 8, 1024)
         check_whole("stem", self.stem, 1, WIDEST * unpruned[0][0][0])
         check_list("stages", self.stages, len(unpruned), len(unpruned))
+        copied = []
         for s, (blocks, most) in enumerate(zip(self.stages, unpruned)):
             check_list(f"stages[{s}]", blocks, 1, len(most))
             for b, widths in enumerate(blocks):
                 check_list(f"stages[{s}][{b}]", widths, len(most[b]), len(most[b]))
                 for i, width in enumerate(widths):
                     check_whole(f"stages[{s}][{b}][{i}]", width, 1, WIDEST * most[b][i])
-        copied = [[list(widths) for widths in blocks] for blocks in self.stages]
+            copied.append([list(widths) for widths in blocks])
         object.__setattr__(self, "stages", copied)  # past the frozen dataclass
 
     @property
@@ -294,6 +292,10 @@ def candidate_depths(arch):
         return [tuple(n * j // parts for j in range(1, parts + 1)) for n in arch.depths]
     return [(*range(1, n, 1 if n <= DENSE_DEPTHS else 2), n) for n in arch.depths]
 
+def padded(rows, value=0):
+    """Rows of whole numbers as a tensor [rows, longest], the shorter ones filled with a value."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
+
 class Space:
     """What may be pruned of `full`, an unpruned Shape (paper: search space). widths[j]: candidate
     widths of conv j, in order; depths[s]: candidate numbers of blocks of stage s. `search` "width"
@@ -311,32 +313,23 @@ class Space:
 
     def tabulate(self):
         """The tables of the cost, float64 (exact for whole numbers up to 2^53). L layers; for the
-        lists of channels see Layer; K and D are the largest numbers of candidates."""
+        list of channels see Layer; K and D are the largest numbers of candidates."""
         self.arch = ARCHS[self.full.arch]._replace(depths=tuple(map(len, self.full.stages)))
         self.block_convs = len(self.arch.kernels)
-        self.num_widths, self.num_depths = max(map(len, self.widths)), max(map(len, self.depths))
+        widths, depths = padded(self.widths), padded(self.depths)  # [convs, K], [stages, D]
+        self.num_widths, self.num_depths = widths.shape[1], depths.shape[1]
+        blocks_before = torch.tensor([0, *self.arch.depths]).cumsum(0)[:-1, None]  # [stages, 1]
+        self.last_conv = (blocks_before + depths) * self.block_convs  # [stages, D] of the stage
+        self.has_depth = (depths > 0).double()
+        exits = widths[self.last_conv[:, 0]]  # [stages, K], alike for all depths
+        self.one = torch.eye(1, self.num_widths).double()  # [1, K] one channel; its probability
+        channels = torch.cat([widths.double(), exits, self.one])  # of Layer's list
         layers = network_layers(self.arch, self.full.image_size, self.full.num_classes)
-        self.c_in, self.c_out, self.stage, *_ = map(torch.tensor, zip(*layers))  # [L] each
-        self.cost = torch.zeros(len(layers), self.num_widths, self.num_widths).double()
-        self.kept = torch.zeros(len(layers), self.num_depths).double()
-        self.last_conv = torch.zeros(len(self.depths), self.num_depths).long()
-        self.has_depth = torch.zeros(len(self.depths), self.num_depths).double()
-        blocks_before = [0, *itertools.accumulate(self.arch.depths)]
-        for s, depths in enumerate(self.depths):
-            for d, depth in enumerate(depths):  # which conv then ends the stage
-                self.last_conv[s, d] = (blocks_before[s] + depth) * self.block_convs
-                self.has_depth[s, d] = 1
-        exits = [self.widths[last] for last in self.last_conv[:, 0]]  # alike for all depths
-        candidates = [torch.tensor(row).double() for row in (*self.widths, *exits, (1,))]
-        for i, layer in enumerate(layers):
-            c_in, c_out = candidates[layer.c_in][:, None], candidates[layer.c_out]
-            table = layer.macs * c_in * c_out
-            if layer.free:
-                table = table.masked_fill(c_in == c_out, 0)
-            self.cost[i, :len(c_in), :len(c_out)] = table  # by input and output candidate
-            for d, depth in enumerate(self.depths[layer.stage]):
-                self.kept[i, d] = layer.block < depth  # whether the depth has the layer
-        self.one = F.one_hot(torch.tensor([0]), self.num_widths).double()  # [1, K]
+        self.c_in, self.c_out, self.stage, block, macs, free = map(torch.tensor, zip(*layers))
+        c_in, c_out = channels[self.c_in, :, None], channels[self.c_out, None]
+        identity = free[:, None, None] & (c_in == c_out)
+        self.cost = (macs[:, None, None] * c_in * c_out).masked_fill(identity, 0)  # [L, K, K]
+        self.kept = (block[:, None] < depths[self.stage]).double()  # [L, D] has the depth the layer
 
     def to(self, device):
         """Move the tables, once, so that the cost is computed where alpha and beta are."""
@@ -347,14 +340,14 @@ class Space:
 
     def shape(self, width_index, depth_index):
         """The Shape of one candidate per conv and per stage; indices are sequences of int."""
-        widths = [row[int(i)] for row, i in zip(self.widths, width_index)]
-        stages, conv = [], 1
-        for blocks, depths, i in zip(self.full.stages, self.depths, depth_index):
-            starts = range(conv, conv + len(blocks) * self.block_convs, self.block_convs)
-            every = [widths[start:start + self.block_convs] for start in starts]
-            stages.append(every[:depths[int(i)]])
-            conv += len(blocks) * self.block_convs
-        return dataclasses.replace(self.full, stem=widths[0], stages=stages)
+        stem, *widths = [row[int(i)] for row, i in zip(self.widths, width_index)]
+        starts = range(0, len(widths), self.block_convs)
+        blocks = [widths[start:start + self.block_convs] for start in starts]  # dropped ones too
+        stages = []
+        for most, depths, i in zip(self.arch.depths, self.depths, depth_index):
+            stages.append(blocks[:depths[int(i)]])
+            blocks = blocks[most:]
+        return dataclasses.replace(self.full, stem=stem, stages=stages)
 
 def expected_macs(space, p, q):
     """Expected MACs of a network with independent sizes (paper: expected cost), float64, 0-d.
@@ -368,14 +361,9 @@ def expected_macs(space, p, q):
     return (q[space.stage] * space.kept).sum(1) @ cost  # P(the layer is there) times its cost
 
 def argmax_macs(space, p, q):
-    """MACs of the most probable network, looked up; 0-d, on the device of p and q."""
-    space.to(p.device)
-    width, depth = p.argmax(1), q.argmax(1, keepdim=True)  # [convs], [stages, 1]
-    exits = width[space.last_conv.gather(1, depth)[:, 0]]  # [stages]
-    sizes = torch.cat([width, exits, torch.zeros_like(exits[:1])])  # of Layer's list: candidates
-    kept = space.kept.gather(1, depth[space.stage])[:, 0]  # [L]
-    layers = torch.arange(len(kept), device=kept.device)
-    return kept @ space.cost[layers, sizes[space.c_in], sizes[space.c_out]]
+    """MACs of the most probable network, exactly; 0-d, on the device of p and q."""
+    p, q = (torch.zeros_like(t).scatter(1, t.argmax(1, keepdim=True), 1) for t in (p, q))
+    return expected_macs(space, p, q)  # one-hot
 
 # ---- Networks -----------------------------------------------------------------------------------
 
@@ -387,20 +375,6 @@ def init_conv(module):
     """Kaiming initialisation by fan-out."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-def stem_layers(arch, c_out):
-    """The stem's conv and the pooling after its BN and ReLU."""
-    if arch.small:
-        return conv2d(3, c_out, 3), nn.Identity()
-    return conv2d(3, c_out, 7, 2), nn.MaxPool2d(3, 2, 1)
-
-def projection_layers(arch, c_in, c_out, strides):
-    """Pooling and 1x1 conv of a block's shortcut, or None where that is the identity."""
-    if 2 not in strides and c_in == c_out:
-        return None
-    if arch.small and 2 in strides:
-        return nn.AvgPool2d(2, ceil_mode=True), conv2d(c_in, c_out, 1)
-    return nn.Identity(), conv2d(c_in, c_out, 1, max(strides))
 
 class Block(nn.Module):
     """Residual block, basic or bottleneck, with torchvision's names. [N, c_in, H, W] ->
@@ -414,9 +388,11 @@ class Block(nn.Module):
             self.add_module(f"bn{i + 1}", nn.BatchNorm2d(width))
             c = width
         self.pool, self.downsample = nn.Identity(), nn.Identity()
-        if projection := projection_layers(arch, c_in, c, strides):
-            self.pool, conv = projection
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(c))
+        stride = max(strides)
+        if stride == 2 or c_in != c:
+            if arch.small and stride == 2:  # averages, and then every position
+                self.pool, stride = nn.AvgPool2d(2, ceil_mode=True), 1
+            self.downsample = nn.Sequential(conv2d(c_in, c, 1, stride), nn.BatchNorm2d(c))
 
     def forward(self, x):
         y = x
@@ -434,8 +410,9 @@ class ResNet(nn.Module):
     def __init__(self, shape):
         super().__init__()
         self.shape, arch, c = shape, ARCHS[shape.arch], shape.stem
-        self.conv1, self.maxpool = stem_layers(arch, c)
+        self.conv1 = conv2d(3, c, 3) if arch.small else conv2d(3, c, 7, 2)
         self.bn1 = nn.BatchNorm2d(c)
+        self.maxpool = nn.Identity() if arch.small else nn.MaxPool2d(3, 2, 1)
         for s, blocks in enumerate(shape.stages):
             layer = nn.Sequential()
             for b, widths in enumerate(blocks):
@@ -445,14 +422,18 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(c, shape.num_classes)
         self.apply(init_conv)
         if not arch.small:  # residual branches start at zero (authors' code)
-            for block in self.modules():
-                if isinstance(block, Block):
-                    nn.init.zeros_(getattr(block, f"bn{block.num_convs}").weight)
+            for block in itertools.chain(*self.layers):
+                nn.init.zeros_(getattr(block, f"bn{block.num_convs}").weight)
+
+    @property
+    def layers(self):
+        """The stages, under torchvision's name."""
+        return [getattr(self, f"layer{s + 1}") for s in range(len(self.shape.stages))]
 
     def forward(self, x):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))  # [N, stem, H, W]; ImageNet H/4, W/4
-        for s in range(len(self.shape.stages)):
-            x = getattr(self, f"layer{s + 1}")(x)  # [N, C_s, H/2^s, W/2^s]
+        for layer in self.layers:
+            x = layer(x)  # [N, C_s, H/2^s, W/2^s]
         return self.fc(x.mean((2, 3)))  # [N, classes]
 
 # ---- Transformable network ----------------------------------------------------------------------
@@ -489,8 +470,7 @@ def sample_sizes(alpha, beta, tau, num_samples=NUM_SAMPLES, gumbel=True):
         return -torch.empty_like(logits).exponential_().log()
 
     def perturb(logits):
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        log_p = logits.log_softmax(-1, dtype=dtype)
+        log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         return (log_p + gumbel_noise(log_p)) / tau if gumbel else log_p
 
     z = perturb(alpha)  # [convs, K]
@@ -543,19 +523,16 @@ class MixedConv(nn.Module):
         return F.conv2d(x, matrix, bias)
 
 class MixedBlock(nn.Module):
-    """A residual block of searched convs, the first of which has this row of alpha. The projection
-    shares the sample of the last conv. Zeros past the widths make unequal ones add up."""
+    """A Block of searched convs, the first of which has this row of alpha. The projection shares
+    the sample of the last conv. Zeros past the widths make unequal ones add up."""
 
-    def __init__(self, arch, c_in, widths, strides, row):
+    def __init__(self, block, row):
         super().__init__()
-        self.convs, self.projection, c = nn.ModuleList(), None, c_in
-        for i, width in enumerate(widths):
-            conv = conv2d(c, width, arch.kernels[i], strides[i])
-            self.convs.append(MixedConv(conv, row + i))
-            c = width
-        if projection := projection_layers(arch, c_in, c, strides):
-            self.pool, conv = projection
-            self.projection = MixedConv(conv, self.convs[-1].row)
+        self.convs, self.pool, self.projection = nn.ModuleList(), block.pool, None
+        for i in range(block.num_convs):
+            self.convs.append(MixedConv(getattr(block, f"conv{i + 1}"), row + i))
+        if isinstance(block.downsample, nn.Sequential):
+            self.projection = MixedConv(block.downsample[0], self.convs[-1].row)
 
     def forward(self, x, mixes):
         y = self.convs[0](x, mixes)
@@ -573,33 +550,27 @@ class SuperResNet(nn.Module):
 
     def __init__(self, space, align="cwi"):
         super().__init__()
-        self.space, self.align, c, row = space, align, space.full.stem, 1
-        conv, self.maxpool = stem_layers(space.arch, c)
-        self.stem, self.stages = MixedConv(conv, 0), nn.ModuleList()
-        for s, blocks in enumerate(space.full.stages):
+        self.space, self.align = space, align
+        net, row = ResNet(space.full), 1
+        self.stem, self.maxpool, self.stages = MixedConv(net.conv1, 0), net.maxpool, nn.ModuleList()
+        for layer in net.layers:
             self.stages.append(nn.ModuleList())
-            for b, widths in enumerate(blocks):
-                strides = space.arch.conv_strides(s, b)
-                self.stages[s].append(MixedBlock(space.arch, c, widths, strides, row))
-                c, row = widths[-1], row + len(widths)
-        self.fc = nn.Linear(c, space.full.num_classes)
+            for block in layer:
+                self.stages[-1].append(MixedBlock(block, row))
+                row += block.num_convs
+        self.fc = net.fc
         self.alpha = initial_logits(space.widths, space.num_widths)
         self.beta = initial_logits(space.depths, space.num_depths)
-        self.apply(init_conv)
         last_convs = [block.convs[-1] for stage in self.stages for block in stage]
         self.groups = {}  # channels -> the searched convs that have as many
         for module in self.modules():
             if isinstance(module, MixedConv):
                 self.groups.setdefault(module.conv.out_channels, []).append(module)
         self.mixes = nn.ModuleList()
+        widths = padded(space.widths, 1)  # 1 is any width: where there is no candidate, weight is 0
         for channels, convs in self.groups.items():
-            widths = torch.zeros(len(convs), space.num_widths).long()
-            for g, conv in enumerate(convs):
-                candidates = torch.tensor(space.widths[conv.row])
-                widths[g] = candidates[0]  # also where the row has no candidate; its weight is 0
-                widths[g, :len(candidates)] = candidates
             rows = torch.tensor([conv.row for conv in convs])
-            self.mixes.append(ChannelMix(channels, widths, rows, align))
+            self.mixes.append(ChannelMix(channels, widths[rows], rows, align))
             if not space.arch.small:  # as in ResNet
                 with torch.no_grad():
                     for g, conv in enumerate(convs):
@@ -619,27 +590,21 @@ class SuperResNet(nn.Module):
         width = widths[self.stem]
         for stage, depths, q_hat in zip(self.stages, self.space.depths, sample.depth):
             # Sum over depths d of q_hat_d * CWI(output of block d, M), as one 1x1 conv over all.
-            outputs = []
+            outputs, reached = [], []
             for b, block in enumerate(stage):
                 x = block(x, mixes)  # [N, C, H, W]
+                own = widths[block.convs[-1]]
+                # With an identity shortcut, a block is as wide as the wider one of its summands.
+                width = torch.maximum(width, own) if block.projection is None else own
                 if b + 1 in depths:
                     outputs.append(x)
-            cwi, width = self.mix_depths(stage, depths, width, widths, x.shape[1], q_hat.dtype)
+                    reached.append(width)
+            source = torch.stack(reached)[:, None, None]  # [D, 1, 1]
+            target = width if self.align == "cwi" else source
+            cwi = cwi_matrix(source, target, x.shape[1], q_hat.dtype)  # [D, C, C]
             matrix = (cwi * q_hat[:len(depths), None, None]).transpose(0, 1)  # [C, D, C]
             x = F.conv2d(torch.cat(outputs, 1), matrix.flatten(1)[..., None, None])
         return self.fc(x.mean((2, 3)))  # [N, classes]
-
-    def mix_depths(self, stage, depths, width, widths, channels, dtype):
-        """CWI matrices [D, C, C] of the outputs of the candidate depths to the width of the widest,
-        and that width; `width` of the stage's input, `widths` of all convs."""
-        ends = torch.stack([width, *[widths[block.convs[-1]] for block in stage]])
-        if stage[0].projection is not None:
-            ends = ends[1:]
-        # With an identity shortcut, a block is as wide as the wider one of its summands.
-        reached = ends.cummax(0).values[-len(stage):]  # [blocks]
-        sources = torch.stack([reached[depth - 1] for depth in depths])[:, None, None]
-        target = reached[-1] if self.align == "cwi" else sources
-        return cwi_matrix(sources, target, channels, dtype), reached[-1]
 
 def initial_logits(rows, size):
     """Logits [rows, size] of candidates; those that a row lacks are ABSENT."""
@@ -712,48 +677,64 @@ def scale_shape(space, target, tolerance=TOLERANCE, round_to=1):
 # own widths and on the width of what it takes in, and on nothing else. So the best network within
 # a budget is found by dynamic programming over the chain.
 
-class Link(NamedTuple):
-    """All choices in one link of the chain, by input width, inner widths and output width."""
+class Option(NamedTuple):
+    """One choice of the sizes in a link of the chain."""
 
-    macs: torch.Tensor   # [A, W, O]
-    score: torch.Tensor  # [A, W, O] log-probability of the inner widths and the output width
-    inner: tuple         # numbers of candidates of a block's inner convs; their product is W
-    stage: int           # of a block
-    before: list         # [(link, log-probability)] that this one can follow: the link before it
-    #                      or, after a stage, the last block of each candidate depth
+    stage: int      # of a block
+    source: int     # index of the width of its input
+    channels: list  # of its convs
+    macs: float
+    score: float    # log-probability of these widths
+
+class Link(NamedTuple):
+    """All choices in one link of the chain."""
+
+    options: list  # options[o]: the Options of output width o
+    before: list   # [(link, log-probability)] that this one can follow: the link before it or,
+    #                after a stage, the last block of each candidate depth
 
 def make_chain(space, log_p, log_q):
     """The Links of a space, in order."""
-    space.to(torch.device("cpu"))
-    counts = [len(row) for row in space.widths]
-    stem = space.cost[0, :1, None, :counts[0]]  # [1, 1, O]
-    chain = [Link(stem, log_p[0][None, None], (), 0, [])]
-    layer, conv, c_in, before = 1, 1, counts[0], [(0, 0.0)]
+    cost, log_p = space.cost.tolist(), [row.tolist() for row in log_p]
+    stem = []
+    for o, width in enumerate(space.widths[0]):
+        stem.append([Option(0, 0, [width], cost[0][0][o], log_p[0][o])])
+    chain, before = [Link(stem, [])], [(0, 0.0)]
     for s, blocks in enumerate(space.full.stages):
         first = len(chain)
         for _ in blocks:
-            inner = tuple(counts[conv:conv + space.block_convs - 1])
-            macs, score, c = torch.zeros(c_in), torch.zeros(c_in), c_in  # [A]
-            for _ in range(space.block_convs):
-                macs = macs[..., None] + space.cost[layer, :c, :counts[conv]]  # [A, ..., K]
-                score = score[..., None] + log_p[conv]
-                layer, conv, c = layer + 1, conv + 1, counts[conv]
-            projection = space.cost[layer, :c_in, None, :c]  # [A, 1, O]
-            macs, score = macs.flatten(1, -2) + projection, score.flatten(1, -2)  # [A, W, O]
-            chain.append(Link(macs, score, inner, s, before))
-            layer, c_in, before = layer + 1, c, [(len(chain) - 1, 0.0)]
+            chain.append(Link(block_options(space, cost, log_p, s, len(chain) - 1), before))
+            before = [(len(chain) - 1, 0.0)]
         depths = zip(space.depths[s], log_q[s].tolist())
         before = [(first + depth - 1, log) for depth, log in depths]
-    classifier = space.cost[layer, :c_in, None, :1]  # [A, 1, 1]
-    return [*chain, Link(classifier, torch.zeros_like(classifier), (), 0, before)]
+    inputs = range(len(chain[-1].options))
+    classifier = [Option(s, source, [], cost[-1][source][0], 0.0) for source in inputs]
+    return [*chain, Link([classifier], before)]
+
+def block_options(space, cost, log_p, stage, block):
+    """The Options of a block, by output width."""
+    conv, layer = space.block_convs * block, (space.block_convs + 1) * block  # those before it
+    rows = space.widths[conv:conv + space.block_convs + 1]
+    options = [[] for _ in rows[-1]]
+    for source, *index in itertools.product(*[range(len(row)) for row in rows]):
+        macs, score, c = 0.0, 0.0, source
+        for i, k in enumerate(index, 1):
+            macs += cost[layer + i][c][k]
+            score += log_p[conv + i][k]
+            c = k
+        macs += cost[layer + space.block_convs + 1][source][c]  # the projection
+        channels = [row[k] for row, k in zip(rows[1:], index)]
+        options[c].append(Option(stage, source, channels, macs, score))
+    return options
 
 def forward_pass(chain, cell, num_cells, join):
-    """Scores of all ways through the chain, by the MACs that they spend, in cells:
+    """Scores of all ways through the chain, by the MACs m that they spend, in cells:
 
         entering_i[a, m] = join over (j, log q) in before_i of leaving_j[a, m] + log q
-        leaving_i[o, m]  = join over a, w of entering_i[a, m - macs_i[a, w, o]] + score_i[a, w, o]
+        leaving_i[o, m]  = join over the options x of output width o
+                           of entering_i[source_x, m - macs_x] + score_x
 
-    where macs_i is rounded to cells. join is torch.maximum for the best way, and torch.logaddexp
+    where macs_x is rounded to cells. join is torch.maximum for the best way, and torch.logaddexp
     for the sum over all ways. Returns entering and leaving, each a list of [widths, cells]."""
     entering, leaving = [], []
     for link in chain:
@@ -761,69 +742,58 @@ def forward_pass(chain, cell, num_cells, join):
         state[0, 0] = 0  # the image, at no cost
         if link.before:
             state = functools.reduce(join, [leaving[j] + log for j, log in link.before])
+        reached = torch.full((len(link.options), num_cells), -math.inf).double()
+        for o, options in enumerate(link.options):
+            for option in options:
+                spent = round(option.macs / cell)
+                if spent < num_cells:
+                    old = reached[o, spent:]
+                    join(old, state[option.source, :num_cells - spent] + option.score, out=old)
         entering.append(state)
-        leaving.append(pass_link(link, state, cell, join))
+        leaving.append(reached)
     return entering, leaving
 
-def pass_link(link, entering, cell, join):
-    """The second line of the recurrence: [A, cells] -> [O, cells]."""
-    num_cells = entering.shape[1]
-    spent, score = (link.macs / cell).round().long().tolist(), link.score.tolist()
-    leaving = torch.full((link.macs.shape[2], num_cells), -math.inf).double()
-    for a, w, o in itertools.product(*map(range, link.macs.shape)):
-        m = spent[a][w][o]
-        if m < num_cells:
-            reached = leaving[o, m:]
-            join(reached, entering[a, :num_cells - m] + score[a][w][o], out=reached)
-    return leaving
-
 def way_back(chain, cell, m, entering, leaving, pick):
-    """A way that spends m cells, from the classifier back to the stem: [(link, inner choice, output
-    width)], the stem first. pick chooses among all ways to a state by their scores."""
+    """A way that spends m cells, from the classifier back to the stem: its Options, the stem's
+    first. pick chooses among all ways to a state by their scores."""
     way, i, o = [], len(chain) - 1, 0
     while i > 0:  # until the stem, which has one way to each of its widths
-        link = chain[i]
-        left = m - (link.macs[:, :, o] / cell).round().long()  # [A, W] cells spent before
-        score = entering[i].gather(1, left.clamp(min=0)) + link.score[:, :, o]  # [A, W]
-        chosen = int(pick(score.masked_fill(left < 0, -math.inf).flatten()))
-        a, inner = divmod(chosen, left.shape[1])
-        way.insert(0, (i, inner, o))
-        m, o, choice = int(left[a, inner]), a, 0
-        if len(link.before) > 1:
-            choice = int(pick(torch.stack([leaving[j][a, m] + log for j, log in link.before])))
-        i = link.before[choice][0]
-    return [(0, 0, o), *way]
+        options, before = chain[i].options[o], chain[i].before
+        source = torch.tensor([option.source for option in options])
+        score = torch.tensor([option.score for option in options]).double()
+        left = m - torch.tensor([round(option.macs / cell) for option in options])
+        score = (entering[i][source, left.clamp(min=0)] + score).masked_fill(left < 0, -math.inf)
+        chosen = int(pick(score))
+        way.insert(0, options[chosen])
+        m, o, choice = int(left[chosen]), options[chosen].source, 0
+        if len(before) > 1:
+            choice = int(pick(torch.stack([leaving[j][o, m] + log for j, log in before])))
+        i = before[choice][0]
+    return [chain[0].options[o][0], *way]
 
 def extreme_way(chain, extreme):
     """The fewest or the most MACs, and a way that spends them; extreme: the function min or max.
 
-        total_i[o] = extreme over j in before_i, a, w of total_j[a] + macs_i[a, w, o]"""
+        total_i[o] = extreme over j in before_i and the options x of output width o
+                     of total_j[source_x] + macs_x"""
     totals = []  # of each link and output width: (MACs, way)
-    for i, link in enumerate(chain):
+    for link in chain:
         inputs = [(0.0, [])]
         if link.before:
-            options = zip(*[totals[j] for j, _ in link.before])
-            inputs = [extreme(same_width) for same_width in options]
-        spent = torch.tensor([macs for macs, _ in inputs], dtype=torch.float64)
-        macs = (spent[:, None, None] + link.macs).flatten(0, 1)  # [A W, O]
+            inputs = [extreme(ways) for ways in zip(*[totals[j] for j, _ in link.before])]
         totals.append([])
-        for o, column in enumerate(macs.T.tolist()):
-            best = extreme(column)
-            a, inner = divmod(column.index(best), link.macs.shape[1])
-            totals[i].append((best, inputs[a][1] + [(i, inner, o)]))
+        for options in link.options:
+            best = extreme(options, key=lambda option: inputs[option.source][0] + option.macs)
+            macs, way = inputs[best.source]
+            totals[-1].append((macs + best.macs, [*way, best]))
     return totals[-1][0]
 
-def shape_of_way(space, chain, way):
-    """The Shape of [(link, inner choice, output width)]."""
-    width_index, depths = [0] * len(space.widths), [0] * len(space.depths)
-    for i, inner, o in way[:-1]:  # without the classifier
-        link, conv = chain[i], space.block_convs * i  # the last conv of the link
-        width_index[conv] = o
-        if i > 0:  # a block
-            depths[link.stage] += 1
-            choices = torch.unravel_index(torch.tensor(inner), link.inner)
-            width_index[conv - len(choices):conv] = [int(choice) for choice in choices]
-    return space.shape(width_index, [row.index(d) for row, d in zip(space.depths, depths)])
+def shape_of_way(space, way):
+    """The Shape of Options from the stem's to the classifier's."""
+    stages = [[] for _ in space.depths]
+    for option in way[1:-1]:
+        stages[option.stage].append(option.channels)
+    return dataclasses.replace(space.full, stem=way[0].channels[0], stages=stages)
 
 def shape_in_band(space, log_p, log_q, target, tolerance, join, pick):
     """The most probable Shape in the band, or a drawn one. MACs are rounded to cells so small that
@@ -843,10 +813,10 @@ def shape_in_band(space, log_p, log_q, target, tolerance, join, pick):
             score = leaving[-1][0].masked_fill(~sure, -math.inf)  # [cells] of whole networks
             if score.max() > -math.inf:
                 way = way_back(chain, cell, int(pick(score)), entering, leaving, pick)
-                return shape_of_way(space, chain, way)
+                return shape_of_way(space, way)
         for macs, way in ((fewest, way_of_fewest), (most, way_of_most)):
             if in_band(macs, target, tolerance):  # at the very edge of the band
-                return shape_of_way(space, chain, way)
+                return shape_of_way(space, way)
     full = count_macs(space.full)
     raise TASError(f"no shape has {target:,.0f} MACs within {tolerance:.1%}; possible are "
                    f"{fewest:,.0f} to {most:,.0f} ({fewest / full:.3f} to {most / full:.3f} of the "
@@ -857,9 +827,9 @@ def shape_in_band(space, log_p, log_q, target, tolerance, join, pick):
 def kd_loss(student_logits, teacher_logits, labels, weight=KD_WEIGHT, temperature=KD_TEMPERATURE):
     """Knowledge distillation: (1 - weight) CE + weight T^2 KL(teacher || student at temperature T)
     of logits [N, classes] and labels [N]; the mean over the batch, 0-d."""
-    soft = F.kl_div(F.log_softmax(student_logits / temperature, 1),
-                    F.log_softmax(teacher_logits / temperature, 1),
-                    reduction="batchmean", log_target=True)
+    log_student = F.log_softmax(student_logits / temperature, 1)
+    log_teacher = F.log_softmax(teacher_logits / temperature, 1)
+    soft = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
     hard = F.cross_entropy(student_logits, labels)
     return (1 - weight) * hard + weight * temperature ** 2 * soft
 
@@ -955,14 +925,11 @@ class LargeImages(torch.utils.data.Dataset):
 
     def __init__(self, folder, size, device, workers):
         from torchvision.transforms import v2
-        self.folder, self.device, self.workers, self.loader = folder, device, workers, None
+        self.folder, self.device, self.workers = folder, device, workers
         self.labels, self.plain = torch.tensor(folder.targets), test_transform(size)
         self.augment = v2.Compose([
             v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
             v2.ColorJitter(COLOUR_JITTER, COLOUR_JITTER, COLOUR_JITTER), v2.PILToTensor()])
-
-    def __getstate__(self):
-        return vars(self) | {"loader": None}  # a copy of this split has its own
 
     def __getitem__(self, item):
         index, seed = item
@@ -974,13 +941,12 @@ class LargeImages(torch.utils.data.Dataset):
     def batches(self, order, batch_size, train, rank=0, world=1):
         """As those of SmallImages."""
         seeds = torch.randint(2 ** 62, (len(order),)).tolist() if train else [None] * len(order)
-        if self.loader is None:  # its own generator leaves the global random state alone
-            self.loader = torch.utils.data.DataLoader(
-                self, batch_sampler=[], num_workers=self.workers, generator=torch.Generator(),
-                pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0)
         batches = split_batches(list(zip(order.tolist(), seeds)), batch_size, train)
-        self.loader.batch_sampler[:] = [batch[rank::world] for batch in batches]
-        for images, labels in self.loader:
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=[batch[rank::world] for batch in batches], num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator())  # leaves the global random state alone
+        for images, labels in loader:
             images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
             yield normalize(images.contiguous(memory_format=torch.channels_last)), labels
 
@@ -1161,8 +1127,7 @@ def take_step(args, net, optimizer, loss_function, *inputs):
     return torch.stack([loss.detach().double(), accuracy])
 
 def mean_of_steps(run, epoch, steps):
-    """Mean loss and accuracy in % of an epoch's steps, over all processes; TASError where a loss is
-    not finite."""
+    """Mean loss and accuracy in % of an epoch's steps and all processes; TASError if not finite."""
     values = torch.stack(steps)  # [steps, 2]
     average_over_processes([values], run.args.world)
     for step, finite in enumerate(values[:, 0].isfinite().tolist()):
@@ -1276,7 +1241,6 @@ def search(run, data, space, target):
     args = run.args
     net = to_device(SuperResNet(space.to(args.device), args.align), args)
     halves = split_halves(data.train.labels, args.seed)
-    splits = copy.copy(data.train), copy.copy(data.train)  # each with worker processes of its own
     steps = len(halves[1]) // args.batch_size  # an epoch
     total = args.epochs * steps
     sizes = [net.alpha, net.beta]
@@ -1295,11 +1259,10 @@ def search(run, data, space, target):
         tau = temperature(epoch, args.epochs, args.tau_start, args.tau_end)
         device_tau.fill_(tau)
         net.train()
-        batches = [shuffled_batches(*each, args) for each in zip(splits, halves)]
-        for i, weight_batch, arch_batch in zip(range(epoch * steps, (epoch + 1) * steps), *batches):
+        batches = [shuffled_batches(data.train, half, args) for half in halves]
+        for i, batch, arch_batch in zip(range(epoch * steps, (epoch + 1) * steps), *batches):
             set_learning_rate(optimizer, i, total, 0, args.lr)
-            weight_seen.append(
-                take_step(args, net, optimizer, weight_loss, device_tau, *weight_batch))
+            weight_seen.append(take_step(args, net, optimizer, weight_loss, device_tau, *batch))
             arch_seen.append(
                 take_step(args, net, arch_optimizer, arch_loss, device_tau, target, *arch_batch))
             progress.step(arch_seen)
@@ -1318,11 +1281,8 @@ def measure_sizes(net):
     """MACs, and how decided alpha and beta are: top minus second probability, a mean over the sizes
     that have a choice."""
     def discrepancy(probabilities, rows):
-        open_rows = [i for i, row in enumerate(rows) if len(row) > 1]
-        if not open_rows:
-            return 0.0
-        top = probabilities[open_rows].double().topk(2).values  # [rows, 2]
-        return float((top[:, 0] - top[:, 1]).mean())
+        tops = [p.topk(2).values for p, row in zip(probabilities.double(), rows) if len(row) > 1]
+        return -float(torch.stack(tops).diff().mean()) if tops else 0.0
 
     p, q = net.probabilities()
     return {"expected_macs": float(expected_macs(net.space, p, q)),
@@ -1492,8 +1452,7 @@ def native_precision(args):
 def load(path, trained=False):
     """The network, in eval mode, of a run directory of `train` with its weights or, unless it must
     be `trained`, a new one of a shape file."""
-    weights = Path(path) / "weights.pt"
-    trained = trained or Path(path).is_dir()
+    weights, trained = Path(path, "weights.pt"), trained or os.path.isdir(path)
     require(weights.exists() or not trained,
             f"{path} has no weights.pt; give the directory of a finished `train`")
     net = ResNet(Shape.load(path)).eval()
@@ -1738,9 +1697,8 @@ def build_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for function in (command_train, command_search, command_prune, command_eval):
         name = function.__name__.removeprefix("command_")
-        command = commands.add_parser(
-            name, help=function.__doc__, description=function.__doc__,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(function=function, more_follows=False)
         if name == "eval":
             command.add_argument("dir", help="directory of a finished train")
@@ -1753,10 +1711,9 @@ def build_parser():
         if name in ("search", "prune"):
             add_search_options(command)
         if name in ("train", "prune"):
-            command.add_argument("--teacher", help="directory of the trained unpruned network, or "
-                                 "torchvision")
-            command.add_argument("--transfer", choices=TRANSFERS, help="kd with a teacher: distil; "
-                                 "init: copy its first channels")
+            command.add_argument("--teacher", help="directory of the unpruned one, or torchvision")
+            command.add_argument("--transfer", choices=TRANSFERS,
+                                 help="kd with a teacher: distil; init: copy its first channels")
             command.add_argument("--kd-weight", type=number(float, 0, 1), default=KD_WEIGHT,
                                  help="of the soft term")
             command.add_argument("--kd-temperature", type=number(float, 0.01, 1000),
@@ -1776,13 +1733,11 @@ def add_data_options(command):
         help="images, over all processes")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="of everything random")
     add("--device", default="auto", help="cpu, cuda, ...; auto: cuda where there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it "
-        "is native")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 where native")
 
 def add_training_options(command):
     add = command.add_argument
-    add("--epochs", type=number(int, 1, 10 ** 5), help="of training 300, of a search 600, of "
-        "images above 64 pixels 120")
+    add("--epochs", type=number(int, 1, 10 ** 5), help="300, search 600; above 64 pixels 120")
     add("--lr", type=number(float, 1e-9, 1e9), default=LR, help="of the weights, at its highest")
     add("--weight-decay", type=number(float, 0, 1), help="5e-4, of images above 64 pixels 1e-4")
     add("--compile", choices=("on", "off"), default="off", help="torch.compile")
@@ -1792,14 +1747,12 @@ def add_training_options(command):
 def add_search_options(command):
     add = command.add_argument
     add("--flops", default=FLOPS, help="MACs: fraction of the unpruned, or such as 59.5M")
-    add("--tolerance", type=number(float, 0.001, 0.5), default=TOLERANCE,
-        help="half-width of the band, fraction of the target")
+    add("--tolerance", type=number(float, 0.001, 0.5), default=TOLERANCE, help="part of the target")
     add("--round", type=number(int, 1, 64), default=1, help="widths in multiples of this")
-    add("--arch-lr", type=number(float, 1e-9, 1e9), help="Adam's rate for alpha and beta, 1e-3 x "
-        "59,000 / steps within 1e-3 and 0.05")
+    add("--arch-lr", type=number(float, 1e-9, 1e9), help="59 / steps, within 1e-3 and 0.05")
     add("--search", choices=("both", "width", "depth"), default="both", help="what is searched")
-    add("--method", choices=("tas", "random", "uniform"), default="tas", help="random: any sizes; "
-        "uniform: one factor for all widths")
+    add("--method", choices=("tas", "random", "uniform"), default="tas",
+        help="random: any sizes; uniform: one factor for all widths")
     add("--cost-weight", type=number(float, 0, 1e6), default=COST_WEIGHT, help="of the cost loss")
     add("--tau-start", type=number(float, 1e-3, 1e3), default=TAU_START, help="temperature")
     add("--tau-end", type=number(float, 1e-3, 1e3), default=TAU_END, help="temperature at the end")
