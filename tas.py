@@ -156,8 +156,10 @@ def find_arch(name):
 
 def check_whole(name, value, low, high):
     """TASError unless `value` is a whole number from low to high."""
-    require(type(value) is int and low <= value <= high,
-            f"{name} must be a whole number from {low} to {high}, not {str(value)[:40]}")
+    if type(value) is not int or not low <= value <= high:
+        huge = type(value) is int and abs(value) > 10 ** 40  # too long to print
+        raise TASError(f"{name} must be a whole number from {low} to {high}, not "
+                       + ("a huge one" if huge else str(value)[:40]))
 
 def check_list(name, value, low, high):
     """TASError unless `value` is a list of low to high items."""
@@ -1358,12 +1360,13 @@ class Run:
             with errors_as(f"{self.path / 'run.json'} is damaged; choose another --out"):
                 if self.result is not None:
                     f"{self.result['macs']:d} {self.result.get('accuracy', 0.0):f}"  # both numbers
+                ("fp32", "bf16").index(self.info.setdefault("precision", native_precision(args)))
         elif not args.rank:
             stray = [p for p in self.path.glob("*") if p.suffix != ".tmp"]
             require(not stray and not self.path.is_file(),
                     f"{self.path} exists and is no run directory; choose another --out")
             self.update()
-        args.precision = "bf16" if self.info.get("precision") == "bf16" else "fp32"
+        args.precision = self.info["precision"]
         if args.world > 1:  # nobody writes a result before all have looked for one
             torch.distributed.barrier()
 
@@ -1538,8 +1541,9 @@ def open_data(args, arch, epochs, halves=1):
     if args.weight_decay is None:
         args.weight_decay = LARGE_WEIGHT_DECAY if large else WEIGHT_DECAY
     images = len(data.train.labels) // halves
-    require(args.batch_size <= images, f"--batch-size {args.batch_size} is larger than the "
-            f"{images} training images{' of a half of the search' if halves > 1 else ''}")
+    require(args.command == "eval" or args.batch_size <= images,
+            f"--batch-size {args.batch_size} is larger than the {images} training images"
+            f"{' of a half of the search' if halves > 1 else ''}")
     return data
 
 def base_directory(args):
@@ -1697,8 +1701,9 @@ def build_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for function in (command_train, command_search, command_prune, command_eval):
         name = function.__name__.removeprefix("command_")
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(
+            name, help=function.__doc__, description=function.__doc__, usage="%(prog)s [options]",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(function=function, more_follows=False)
         if name == "eval":
             command.add_argument("dir", help="directory of a finished train")

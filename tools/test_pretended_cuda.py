@@ -48,11 +48,11 @@ class Cuda(torch.Tensor):
     """A tensor that says that it is on cuda:0; its values are in the memory of the host."""
 
     @staticmethod
-    def __new__(cls, real, fake):
+    def __new__(cls, host, fake):
         self = torch.Tensor._make_wrapper_subclass(
             cls, fake.size(), strides=fake.stride(), storage_offset=fake.storage_offset(),
             dtype=fake.dtype, layout=fake.layout, device=fake.device, requires_grad=False)
-        self.host, self.fake = real, fake
+        self.host, self.fake = host, fake
         return self
 
     def __repr__(self):
@@ -61,9 +61,6 @@ class Cuda(torch.Tensor):
     def tolist(self):  # reads memory past the dispatcher
         PretendedCuda.active.log["wait", "tolist", line_of_tas()] += 1
         return self.host.tolist()
-
-    def numpy(self):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
@@ -88,18 +85,11 @@ class PretendedCuda(TorchDispatchMode):
         super().__init__()
         self.mode = FakeTensorMode(allow_fallback_kernels=False)
         self.ops, self.log = collections.Counter(), collections.Counter()
-        self.seed(0)
+        self.random = torch.get_rng_state()
 
-    def seed(self, value):
-        self.random = torch.Generator().manual_seed(value).get_state()
-
-    def fake_like(self, t, device):
+    def fake(self, t, device):
         with self.mode:
             return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device)
-
-    def put(self, t):
-        """A tensor of the host on cuda:0, without a copy."""
-        return Cuda(t, self.fake_like(t, GPU)) if isinstance(t, torch.Tensor) else t
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         device = (kwargs or {}).get("device")
@@ -111,39 +101,38 @@ class PretendedCuda(TorchDispatchMode):
         flat, spec = tree_flatten((args, kwargs))
         name = function.overloadpacket.__name__
         self.ops[name, line_of_tas()] += 1
-        reals = [t.host if isinstance(t, Cuda) else CPU if isinstance(t, torch.device) else t
+        hosts = [t.host if isinstance(t, Cuda) else CPU if isinstance(t, torch.device) else t
                  for t in flat]
-        fakes = [t.fake if isinstance(t, Cuda) else self.fake_like(t, t.device)
+        fakes = [t.fake if isinstance(t, Cuda) else self.fake(t, t.device)
                  if isinstance(t, torch.Tensor) else t for t in flat]
+        fake_args, fake_kwargs = tree_unflatten(fakes, spec)
         if name == "_fused_sgd_":  # there is no fake one
             assert {t.device for t in fakes if isinstance(t, torch.Tensor)} == {GPU}
-            return self.compute(name, function, *tree_unflatten(reals, spec))
-        fake_args, fake_kwargs = tree_unflatten(fakes, spec)
+            return self.compute(name, function, *tree_unflatten(hosts, spec))
         try:
             with self.mode:
                 expected = function(*fake_args, **fake_kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             self.log["wait", name, line_of_tas()] += 1
-            return tree_map(self.put, self.compute(name, function, *tree_unflatten(reals, spec)))
-        result = self.compute(name, function, *tree_unflatten(reals, spec))
+            result = self.compute(name, function, *tree_unflatten(hosts, spec))
+            return Cuda(result, self.fake(result, GPU)) if torch.is_tensor(result) else result
+        result = self.compute(name, function, *tree_unflatten(hosts, spec))
         self.note_copies(name, fake_args, fakes, fake_kwargs, expected)
         inputs = {id(fake): t for fake, t in zip(fakes, flat) if isinstance(t, torch.Tensor)}
 
-        def pair(real, fake):
+        def pair(host, fake):
             if not isinstance(fake, torch.Tensor) or id(fake) in inputs:  # or changed in place
-                return inputs.get(id(fake), real)
-            if name == "native_batch_norm" and not real.numel():  # statistics in eval mode
-                real = torch.zeros(fake.shape, dtype=fake.dtype)
-            assert (real.shape, real.dtype) == (fake.shape, fake.dtype), (function, real, fake)
-            return Cuda(real, fake) if fake.device.type == "cuda" else real
+                return inputs.get(id(fake), host)
+            if name == "native_batch_norm" and not host.numel():  # statistics in eval mode
+                host = torch.zeros(fake.shape, dtype=fake.dtype)
+            assert (host.shape, host.dtype) == (fake.shape, fake.dtype), (function, host, fake)
+            return Cuda(host, fake) if fake.device.type == "cuda" else host
 
         values, out = tree_flatten(result)
         return tree_unflatten(list(map(pair, values, tree_flatten(expected)[0])), out)
 
     def compute(self, name, function, args, kwargs):
         """The operator on the values, with the random numbers of the device."""
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
         if "native_batch_norm" in name:  # without a weight the host's statistics would be bf16
             x, at = (args[1], 2) if "backward" in name else (args[0], 1)
             weight = torch.ones(x.shape[1]) if args[at] is None else args[at]
@@ -216,7 +205,7 @@ def gpu(monkeypatch):
 
     def manual_seed(value):
         if pretended.random is not None:
-            pretended.seed(value)
+            pretended.random = torch.Generator().manual_seed(value).get_state()
         return seed(value)
 
     def save_tensors(path, state):  # torch.save copies each storage to the host
@@ -286,17 +275,18 @@ def arguments(command, device, extra):
     """What the loops read, as the command line gives it."""
     args = tas.build_parser().parse_args(
         f"{command} --data synthetic --arch resnet20 --weight-decay 5e-4 --batch-size 8 --quiet "
-        f"--epochs 1 {'--arch-lr 0.05' * (command == 'search')} {extra}".split())
+        f"--epochs 1 {extra}".split())
     args.device, args.rank, args.world = device, 0, 1
     return args
 
 def loop(device, kind, precision, steps, arch="resnet20"):
-    """One epoch of tas.train or tas.search, of these many steps, on images of noise. Returns its
-    metrics and what it would have saved."""
+    """One epoch of tas.train or tas.search, of these many steps, on images of noise. Returns the
+    shape that was found, the metrics, and what would have been saved."""
     torch.manual_seed(0)
     searches = not kind.startswith("train")
-    extra = {"train, distil": "--transfer kd", "search, all": "--num-samples 8",
-             "search, pad": "--align pad --sampler softmax"}.get(kind, "")
+    extra = {"train, distil": "--transfer kd", "search": "--arch-lr 0.01",
+             "search, all": "--arch-lr 0.01 --num-samples 8",
+             "search, pad": "--arch-lr 0.01 --align pad --sampler softmax"}.get(kind, "")
     args = arguments(kind.split(",")[0], device, f"--precision {precision} {extra}")
     g, count = torch.Generator().manual_seed(0), 8 * steps * (1 + searches)
     splits = [tas.SmallImages(torch.randint(256, (n, 8, 8, 3), generator=g, dtype=torch.uint8),
@@ -306,11 +296,11 @@ def loop(device, kind, precision, steps, arch="resnet20"):
     run = SimpleNamespace(args=args, path=Path("run"), settings={"target": target},
                           resume=lambda parts: [], save=lambda parts, _: saved.update(parts))
     if searches:
-        return tas.search(run, data, space, target)[1], saved
+        return tas.search(run, data, space, target), saved
     teacher = tas.ResNet(space.full) if kind == "train, distil" else None
     smallest = space.shape([0] * len(space.widths), [0] * len(space.depths))
     shape = smallest if kind == "train, padded" else space.full
-    return tas.train(run, data, tas.ResNet(shape), teacher), saved
+    return (None, tas.train(run, data, tas.ResNet(shape), teacher)), saved
 
 @pytest.fixture
 def steps(gpu, monkeypatch):
@@ -324,6 +314,7 @@ def steps(gpu, monkeypatch):
         return result
 
     monkeypatch.setattr(tas, "take_step", take_step)
+    monkeypatch.setattr(tas, "extract", lambda *_: None)  # what it copies depends on the sizes
     return found
 
 @pytest.fixture
@@ -357,12 +348,10 @@ def test_steps_neither_wait_nor_copy(gpu, steps, tiny, kind, precision):
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_give_the_numbers_of_the_host(gpu, tiny, kind):
     gpu.random = None  # the same random numbers
-    (host, host_saved), (device, saved) = (loop(d, kind, "fp32", 2) for d in (CPU, GPU))
-    for a, b in zip(host, device, strict=True):
-        assert {**a, "seconds": 0} == pytest.approx({**b, "seconds": 0}, rel=1e-4)
-    found = saved["net"].state_dict()
-    for name, tensor in host_saved["net"].state_dict().items():
-        torch.testing.assert_close(found[name].cpu(), tensor, rtol=1e-3, atol=1e-4)
+    ((shape, [a]), host), ((found, [b]), device) = (loop(d, kind, "fp32", 2) for d in (CPU, GPU))
+    assert shape == found and {**a, "seconds": 0} == pytest.approx({**b, "seconds": 0}, rel=1e-4)
+    state = {name: t.cpu() for name, t in device["net"].state_dict().items()}
+    torch.testing.assert_close(state, dict(host["net"].state_dict()), rtol=1e-3, atol=1e-4)
 
 @pytest.mark.parametrize("kind, arch, most", [
     ("train", "resnet20", 260), ("train", "resnet110", 1_250),
@@ -372,34 +361,19 @@ def test_number_of_operators(gpu, steps, kind, arch, most):
     loop(GPU, kind, "bf16", 2, arch)  # the first makes what is kept
     last = steps[-2:] if kind == "search" else steps[-1:]
     count = sum(n for ops, _ in last for (name, _), n in ops.items() if name not in VIEWS)
-    assert most / 2 < count <= most
-
-def test_cost_follows_the_logits(gpu):
-    """Whatever device the tables were on before."""
-    space = tas.Space("resnet20")
-    torch.manual_seed(0)
-    alpha, beta = (tas.initial_logits(rows, max(map(len, rows))).detach() * 99
-                   for rows in (space.widths, space.depths))
-    shape = tas.extract(space, alpha, beta, 2e7)
-    for logits in ((alpha, beta), (alpha.to(GPU), beta.to(GPU)), (alpha, beta)):
-        p, q = (t.softmax(-1) for t in logits)
-        expected, actual = tas.expected_macs(space, p, q), tas.argmax_macs(space, p, q)
-        assert expected.device == actual.device == logits[0].device
-        chosen = [t.argmax(1).tolist() for t in (alpha, beta)]
-        assert int(actual) == tas.count_macs(space.shape(*chosen))
-        one_hot = [F.one_hot(t.argmax(1), t.shape[1]) for t in (p, q)]
-        assert int(tas.expected_macs(space, *one_hot)) == int(actual)
-        assert tas.extract(space, *logits, 2e7) == shape
+    assert most / 4 < count <= most
 
 # ---- Commands -----------------------------------------------------------------------------------
 
-SIZE = "--batch-size 8 --epochs 2 --device cuda"
+SIZE = "--batch-size 16 --epochs 2 --device cuda"
 
 def command(capsys, line, expected=0):
     """Run a line of tas.py or of a tool; what it printed."""
     name, *words = line.split()
-    tool = HERE / f"{name}.py"
-    status = importlib.import_module(name).main(words) if tool.exists() else tas.main([name, *words])
+    if (HERE / f"{name}.py").exists():
+        status = importlib.import_module(name).main(words)
+    else:
+        status = tas.main([name, *words])
     out, err = capsys.readouterr()
     assert status == expected, (line, out, err)
     return out
@@ -411,24 +385,25 @@ def test_commands_from_end_to_end(gpu, tiny, capsys, tmp_path, monkeypatch):
     searched, trained = (tas.read_json(f"all/{name}/run.json") for name in ("search", "pruned"))
     assert searched["machine"] == "pretended GPU" and searched["precision"] == "bf16"
     assert tas.in_band(searched["result"]["macs"], searched["settings"]["target"], 0.05)
-    evaluated = command(capsys, f"eval all/pruned {data} --batch-size 8 --device cuda")
+    evaluated = command(capsys, f"eval all/pruned {data} --device cuda")
     assert f"accuracy {trained['result']['accuracy']:.2f}%" in evaluated
-    command(capsys, f"eval all/teacher {data} --batch-size 8 --device cuda --precision fp32")
+    command(capsys, f"eval all/teacher {data} --device cuda --precision fp32")
     command(capsys, f"train {data} {SIZE} --shape all/search --teacher all/teacher "
             "--transfer init --out init")
     assert gpu.ops
-    for line, result in (("export all/pruned", "all/pruned/network.pt2"),
-                         ("report all", "all/report.md"),
-                         ("bench resnet20 --image-size 8 --batch-size 8 --rounds 1 --precision bf16 "
-                          "--device cuda --json bench.json", "bench.json")):
-        command(capsys, line)
+    command(capsys, "export all/pruned")
+    command(capsys, "report all")
+    command(capsys, "bench resnet20 --image-size 8 --batch-size 8 --rounds 1 --precision bf16 "
+            "--device cuda --json bench.json")
+    for result in ("all/pruned/network.pt2", "all/report.md", "bench.json"):
         assert (tmp_path / result).stat().st_size > 0
 
 @pytest.mark.parametrize("name", ["train", "search"])
 def test_resuming(gpu, tiny, capsys, tmp_path, monkeypatch, name):
     """An interrupted run ends as an uninterrupted one, random numbers of the device included."""
     monkeypatch.chdir(tmp_path)
-    line = f"{name} --data synthetic --arch resnet20 {SIZE} --epochs 3 {'--round 8' * (name == 'search')} --out"
+    extra = "--round 8" if name == "search" else ""
+    line = f"{name} --data synthetic --arch resnet20 {SIZE} --epochs 3 {extra} --out"
     command(capsys, f"{line} whole")
     plain, calls = tas.Run.save, itertools.count(1)
 
@@ -457,5 +432,5 @@ def test_large_images(gpu, steps, capsys, tmp_path, monkeypatch):
     command(capsys, f"train --data folder --image-size 72 --arch resnet18 {SIZE} --epochs 1 "
             "--workers 0 --out large")
     copies = {what: n for (kind, what, _), n in gpu.log.items() if kind == "copy to cuda, async"}
-    assert copies == {(8, 3, 72, 72): 4, (8,): 4}
-    assert len(steps) == 2 and not any(log for _, log in steps)
+    assert copies == {(16, 3, 72, 72): 2, (16,): 2}  # a batch of training, and of the test
+    assert len(steps) == 1 and not steps[0][1]
