@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -24,6 +25,7 @@ import math
 import os
 import platform
 import signal
+import stat
 import sys
 import time
 import zipfile
@@ -151,20 +153,25 @@ ARCHS = {
 def find_arch(name):
     """The Arch of that name; TASError when there is none."""
     require(isinstance(name, str) and name in ARCHS,
-            f"unknown arch {str(name)[:40]!r}; known: {', '.join(ARCHS)}")
+            f"unknown arch {brief(name)!r}; known: {', '.join(ARCHS)}")
     return ARCHS[name]
+
+def brief(value):
+    """A value for a message, in at most 40 characters."""
+    try:
+        return str(value)[:40]
+    except ValueError:  # too many digits to print
+        return "a huge one"
 
 def check_whole(name, value, low, high):
     """TASError unless `value` is a whole number from low to high."""
-    if type(value) is not int or not low <= value <= high:
-        huge = type(value) is int and abs(value) > 10 ** 40  # too long to print
-        raise TASError(f"{name} must be a whole number from {low} to {high}, not "
-                       + ("a huge one" if huge else str(value)[:40]))
+    require(type(value) is int and low <= value <= high,
+            f"{name} must be a whole number from {low} to {high}, not {brief(value)}")
 
 def check_list(name, value, low, high):
     """TASError unless `value` is a list of low to high items."""
     require(isinstance(value, (list, tuple)) and low <= len(value) <= high,
-            f"{name} must be a list of {low} to {high} items, not {str(value)[:40]}")
+            f"{name} must be a list of {low} to {high} items, not {brief(value)}")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -517,11 +524,13 @@ class MixedConv(nn.Module):
     def __init__(self, conv, row):
         super().__init__()
         self.conv, self.row = conv, row  # of alpha
+        # With a float32 weight the statistics are float32 on every device, under autocast, too.
+        self.register_buffer("one", torch.ones(conv.out_channels), persistent=False)
 
     def forward(self, x, mixes):
         """x [N, c_in, H, W] -> [N, C, H', W'], zero past the largest sampled width."""
         matrix, bias = mixes[self]
-        x = F.batch_norm(self.conv(x), None, None, training=True)
+        x = F.batch_norm(self.conv(x), None, None, self.one, training=True)
         return F.conv2d(x, matrix, bias)
 
 class MixedBlock(nn.Module):
@@ -586,6 +595,7 @@ class SuperResNet(nn.Module):
         mixes, widths = {}, {}  # of every searched conv; its largest sampled width, 0-d
         for convs, mix in zip(self.groups.values(), self.mixes):
             matrix, bias, largest = mix(sample)
+            matrix, bias = (t.to(conv_dtype(x)) for t in (matrix, bias))  # once, not conv by conv
             mixes |= zip(convs, zip(matrix[..., None, None].unbind(), bias.unbind()))
             widths |= zip(convs, largest.unbind())
         x = self.maxpool(F.relu(self.stem(x, mixes)))  # [N, stem, H, W]; ImageNet H/4, W/4
@@ -607,6 +617,11 @@ class SuperResNet(nn.Module):
             matrix = (cwi * q_hat[:len(depths), None, None]).transpose(0, 1)  # [C, D, C]
             x = F.conv2d(torch.cat(outputs, 1), matrix.flatten(1)[..., None, None])
         return self.fc(x.mean((2, 3)))  # [N, classes]
+
+def conv_dtype(x):
+    """The dtype in which a conv takes x: that of autocast where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 def initial_logits(rows, size):
     """Logits [rows, size] of candidates; those that a row lacks are ABSENT."""
@@ -867,6 +882,21 @@ TRANSFERS = {  # --transfer
 # What --data names: two splits, SmallImages or LargeImages, and the names of the classes.
 Data = NamedTuple("Data", [("train", object), ("test", object), ("classes", list)])
 
+def fingerprint(data):
+    """A checksum that tells data sets apart: of classes, labels and pixels; of large images, names
+    and sizes of files in the place of pixels."""
+    check = zlib.crc32(repr(data.classes).encode())
+    for split in (data.train, data.test):
+        content = repr(split.labels.tolist()).encode()
+        if isinstance(split, SmallImages):
+            content += split.pixels.cpu().numpy().tobytes()
+        else:
+            for path, _ in split.folder.samples:
+                name = os.path.relpath(path, split.folder.root)
+                content += f"{name!r} {os.path.getsize(path)}".encode()
+        check = zlib.crc32(content, check)
+    return f"{check:08x}"
+
 @functools.cache
 def mean_and_std(device):
     """255 times MEAN and STD, [1, 3, 1, 1], copied to a device once."""
@@ -981,15 +1011,22 @@ def load_cifar(name, root):
 
 def read_image(path):
     """The RGB image of a file."""
-    from torchvision.datasets.folder import default_loader
+    from PIL import Image
     with errors_as(f"cannot read the image {path}: {{}}; replace or remove it"):
-        return default_loader(path)
+        require_file(path)
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":  # converting them would clip the values
+                raise ValueError(f"it has mode {image.mode}, not 8 bits per channel")
+            return image.convert("RGB")
 
 def open_folders(root):
     """torchvision's ImageFolders root/train and root/test or, without test, root/val."""
     from torchvision.datasets import ImageFolder
     root, folders = Path(root), []
     for part in (root / "train", root / "test" if (root / "test").is_dir() else root / "val"):
+        for link in part.glob("*/**/*"):
+            require(not link.is_symlink() or not link.is_dir(),
+                    f"{link} is a link to a folder, whose images might count twice; remove it")
         with errors_as(f"{part}: {{}}. Put the images into {root}/train/CLASS/ and "
                        f"{root}/val/CLASS/", OSError):  # no folder, or a class without images
             folders.append(ImageFolder(part, loader=read_image))
@@ -1077,7 +1114,7 @@ def sgd(weights, args):
 def set_learning_rate(optimizer, step, steps, warmup, highest):
     """Of a step: a linear rise over the first `warmup` of the `steps`, then a cosine to 0."""
     share = (step - warmup) / (steps - warmup)
-    factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
+    factor = min(1, (step + 1) / warmup) if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
     optimizer.param_groups[0]["lr"] = highest * factor
 
 def temperature(epoch, epochs, start=TAU_START, end=TAU_END):
@@ -1178,13 +1215,15 @@ class Progress:
 
     def __init__(self, run, step, steps):
         from tqdm import tqdm
-        self.run, self.sizes = run, ""
+        self.run, self.sizes, self.launcher = run, "", os.getppid()
         self.silent = run.args.rank > 0 or run.args.quiet
         self.bar = tqdm(total=steps, initial=step, desc=run.path.name, unit="step",
                         dynamic_ncols=True, disable=True if self.silent else None)
 
     def step(self, seen):
         """After a step; `seen` is what those of this epoch gave."""
+        require(self.run.args.world == 1 or os.getppid() == self.launcher,
+                "the launcher of this process is gone")
         if not self.bar.disable and len(seen) % BAR_STEPS == 1:
             loss, accuracy = torch.stack(seen).mean(0).tolist()
             self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f}%{self.sizes}")
@@ -1296,11 +1335,11 @@ def measure_sizes(net):
 
 def write_file(path, content):
     """Write bytes under a temporary name, flush and rename: the old file or the new, never half."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
+    path, temporary = Path(path), Path(f"{path}.{os.getpid()}-{time.monotonic_ns()}.tmp")
     with errors_as(f"cannot write {path}: {{}}; free space or choose another --out", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "xb") as file:  # a new file, never one that a link leads to
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -1308,10 +1347,16 @@ def write_file(path, content):
         finally:
             temporary.unlink(missing_ok=True)
 
+def require_file(path):
+    """OSError unless it is a plain file: a pipe would be waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("no plain file")
+
 def read_json(path):
     """The object in a JSON file; TASError when it is none or larger than 1 MB."""
     with errors_as(f"cannot read {path} ({{}}); it must hold one JSON object, of at most 1 MB",
                    (OSError, ValueError, RecursionError)):
+        require_file(path)
         if os.path.getsize(path) > 1_000_000:
             raise ValueError("larger than 1 MB")
         value = json.loads(Path(path).read_text())
@@ -1328,6 +1373,7 @@ def save_tensors(path, state):
 def load_tensors(path):
     """A dict saved by torch.save, on the CPU; nothing in the file is executed."""
     with errors_as(f"{path} is missing, damaged or of another program; delete it or use another"):
+        require_file(path)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not compare checksums
                 raise ValueError
@@ -1338,7 +1384,31 @@ SETTINGS = ("command", "data", "image_size", "epochs", "batch_size", "lr", "weig
 
 OLDER_SETTINGS = {  # what older runs, which do not record it, had
     "cost_weight": COST_WEIGHT, "tau_start": TAU_START, "tau_end": TAU_END, "kd_weight": KD_WEIGHT,
-    "kd_temperature": KD_TEMPERATURE}
+    "kd_temperature": KD_TEMPERATURE, "world": 1}
+NOT_RECORDED = ("fingerprint", "teacher_buffers")  # by older runs: nothing to compare with
+
+def require_new(path):
+    """TASError unless a run may begin in this directory."""
+    stray = [p for p in path.glob("*") if p.suffix != ".tmp" and p.name != ".lock"]
+    require(not stray and not path.is_file(),
+            f"{path} exists and is no run directory; choose another --out")
+
+def lock_directory(path):
+    """An open file whose lock the operating system drops with the process; TASError when another
+    one holds it."""
+    import fcntl
+    with errors_as(f"cannot write {path}: {{}}; choose another --out", OSError):
+        file = open(path / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read(80)
+        raise TASError(f"{path} is in use by {holder}; wait, or choose another --out") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 class Run:
     """The directory --out of a command: run.json (settings, versions, command and, when finished,
@@ -1350,6 +1420,7 @@ class Run:
         self.settings = {name: getattr(args, name) for name in SETTINGS} | settings
         self.settings["images"] = (f"{len(data.train.labels)} + {len(data.test.labels)} images, "
                                    f"{len(data.classes)} classes")
+        self.settings |= {"fingerprint": fingerprint(data), "world": args.world}
         self.info = {
             "command": args.line, "settings": self.settings, "machine": machine(args.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -1362,9 +1433,7 @@ class Run:
                     f"{self.result['macs']:d} {self.result.get('accuracy', 0.0):f}"  # both numbers
                 ("fp32", "bf16").index(self.info.setdefault("precision", native_precision(args)))
         elif not args.rank:
-            stray = [p for p in self.path.glob("*") if p.suffix != ".tmp"]
-            require(not stray and not self.path.is_file(),
-                    f"{self.path} exists and is no run directory; choose another --out")
+            require_new(self.path)
             self.update()
         args.precision = self.info["precision"]
         if args.world > 1:  # nobody writes a result before all have looked for one
@@ -1380,7 +1449,8 @@ class Run:
         require(isinstance(old, dict), f"{self.path / name} has no settings; choose another --out")
         odd = []
         for key in sorted({*old, *self.settings}):
-            before, now = old.get(key, OLDER_SETTINGS.get(key)), self.settings.get(key)
+            now = self.settings.get(key)
+            before = old.get(key, now if key in NOT_RECORDED else OLDER_SETTINGS.get(key))
             if before != now:
                 odd.append(f"{key} was {str(before)[:60]}, now {str(now)[:60]}")
         require(not odd, f"{self.path / name} has other settings ({'; '.join(odd)}); choose "
@@ -1393,8 +1463,11 @@ class Run:
             write_file(self.path / "run.json", json.dumps(self.info, indent=1).encode() + b"\n")
 
     def resume(self, parts):
-        """Restore `parts` and the random state; returns the metrics of the finished epochs."""
+        """Restore `parts` and the random state; returns the metrics of the finished epochs. From
+        here on no other process may write to the directory, until this Run is gone."""
         path = self.path / "last.ckpt"
+        if not self.args.rank:
+            self.lock = lock_directory(self.path)
         if not path.exists():
             return []
         state = load_tensors(path)
@@ -1402,9 +1475,11 @@ class Run:
         with errors_as(f"{path} does not fit this network; delete it to start anew, or choose "
                        "another --out"):
             for name, part in parts.items():
+                require_same_form(part, state["parts"][name])
+            for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
             torch.set_rng_state(state["rng"])
-            if len(state["cuda_rng"]) and torch.cuda.is_available():
+            if len(state["cuda_rng"]) and self.args.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"])
             return [dict(line) for line in state["metrics"]]
 
@@ -1415,19 +1490,35 @@ class Run:
             write_file(self.path / "metrics.jsonl", lines.encode())
             save_tensors(self.path / "last.ckpt", {
                 "settings": self.settings, "metrics": metrics, "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else [],
+                "cuda_rng": torch.cuda.get_rng_state() if self.args.device.type == "cuda" else [],
                 "parts": {name: part.state_dict() for name, part in parts.items()}})
 
-    def finish(self, shape, metrics, **result):
-        """Write shape.json and the result."""
+    def finish(self, final, metrics, **result):
+        """Write the final Shape and the result."""
         if not self.args.rank:
-            shape.save(self.path / "shape.json")
+            for left in self.path.glob("*.tmp"):  # by a killed process
+                left.unlink()
+            final.save(self.path / "shape.json")
         self.update(result={
-            **result, "macs": count_macs(shape), "params": count_params(shape),
-            "full_macs": count_macs(shape.full),
+            **result, "macs": count_macs(final), "params": count_params(final),
+            "full_macs": count_macs(final.full),
             "seconds": round(sum(line["seconds"] for line in metrics), 1)})
         if self.args.world > 1:
             torch.distributed.barrier()  # the next step of `prune` reads these files
+
+def require_same_form(part, saved):
+    """ValueError unless the saved state of a network or an optimiser has the shapes, dtypes and
+    strides of this one; the fused optimisers do not look before they write."""
+    pairs = []
+    if isinstance(part, nn.Module):
+        pairs = [(tensor, saved[name]) for name, tensor in part.state_dict().items()]
+    else:
+        for i, parameter in enumerate(part.param_groups[0]["params"]):
+            for name, value in saved["state"].get(i, {}).items():
+                pairs.append((torch.tensor(0.0) if name == "step" else parameter, value))
+    for a, b in pairs:
+        if b is not None and (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
+            raise ValueError(f"{tuple(b.shape)} {b.dtype} for {tuple(a.shape)} {a.dtype}")
 
 def processor():
     """Linux's account of the processor; empty elsewhere."""
@@ -1476,12 +1567,26 @@ def require_equal(path, shape, other, whose, *names):
         a, b = getattr(shape, name), getattr(other, name)
         require(a == b, f"{path} has {name} {a}, {whose} {b}; choose another one")
 
+def torchvision_weights(arch):
+    """torchvision's IMAGENET1K_V1 weights of an arch, the paper's teachers: downloaded, or the file
+    of an earlier download, whose hash is a part of its name; nothing in it is executed."""
+    from torchvision.models import get_model_weights
+    with errors_as(f"--teacher torchvision: no {arch} to be had ({{}}); train a teacher"):
+        url = get_model_weights(arch)["IMAGENET1K_V1"].url
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+        wanted = file.stem.rsplit("-", 1)[1]
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), wanted, progress=False)
+        if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(wanted):
+            raise ValueError(f"{file} is damaged; delete it")
+        return torch.load(file, map_location="cpu", weights_only=True)
+
 def load_teacher(path, shape):
-    """The trained unpruned network that is to guide `shape`, and a checksum that names it."""
+    """The trained unpruned network that is to guide `shape`, and checksums of its parameters and
+    buffers that name it."""
     if path == "torchvision":
-        from torchvision.models import get_model
-        with errors_as(f"--teacher torchvision: no {shape.arch} to be had ({{}}); train a teacher"):
-            weights = get_model(shape.arch, weights="DEFAULT").state_dict()
+        weights = torchvision_weights(shape.arch)
         net = ResNet(Shape.unpruned(shape.arch, len(weights["fc.bias"]), shape.image_size))
         net.load_state_dict(weights)
     else:
@@ -1490,15 +1595,21 @@ def load_teacher(path, shape):
                 f"--teacher {path} is a pruned network; give the unpruned one")
     require_equal(f"--teacher {path}", net.shape, shape, "the network to train",
                   "arch", "num_classes")
-    flat = nn.utils.parameters_to_vector(net.parameters()).detach()
-    return net, zlib.crc32(flat.numpy().tobytes())
+    checksums = []
+    for tensors in (net.parameters(), [b for b in net.buffers() if b.is_floating_point()]):
+        flat = nn.utils.parameters_to_vector(tensors).detach()
+        checksums.append(zlib.crc32(flat.numpy().tobytes()))
+    return net, checksums
 
 # ---- Commands -----------------------------------------------------------------------------------
 
 def setup(args):
     """Fill in the device and the place among the processes of torchrun; set the seed."""
-    args.rank = int(os.environ.get("RANK", 0))
-    args.world = int(os.environ.get("WORLD_SIZE", 1))
+    with errors_as("RANK and WORLD_SIZE must be those of torchrun; unset them ({})"):
+        args.rank = int(os.environ.get("RANK", 0))
+        args.world = int(os.environ.get("WORLD_SIZE", 1))
+        if not 0 <= args.rank < args.world:
+            raise ValueError(f"{args.rank} of {args.world}")
     require(args.batch_size % args.world == 0, f"--batch-size {args.batch_size} must be a multiple "
             f"of the {args.world} processes")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1540,6 +1651,8 @@ def open_data(args, arch, epochs, halves=1):
     args.epochs = args.epochs or (LARGE_EPOCHS if large else epochs)
     if args.weight_decay is None:
         args.weight_decay = LARGE_WEIGHT_DECAY if large else WEIGHT_DECAY
+    require(args.command == "eval" or args.batch_size > args.world, f"--batch-size "
+            f"{args.batch_size} for {args.world} processes: each needs 2 images to normalise")
     images = len(data.train.labels) // halves
     require(args.command == "eval" or args.batch_size <= images,
             f"--batch-size {args.batch_size} is larger than the {images} training images"
@@ -1581,6 +1694,10 @@ def command_train(args):
     """Train the unpruned network of --arch, or the pruned one of --shape."""
     shape = Shape.load(args.shape) if args.shape else None
     if shape:
+        found = (read_info(args.shape).get("result") or {}).get("shape")
+        require(found in (None, dataclasses.asdict(shape)),
+                f"{args.shape} is not the shape that the search beside it found; restore it, or "
+                "move it elsewhere")
         require(args.arch in (None, shape.arch),
                 f"{args.shape} is a shape of {shape.arch}, not of {args.arch}")
         args.arch, args.image_size = shape.arch, args.image_size or shape.image_size
@@ -1592,10 +1709,12 @@ def command_train(args):
     full = Shape.unpruned(args.arch, len(data.classes), args.image_size)
     shape = shape or full
     require_equal(args.shape, shape, full, "the data", "num_classes", "image_size")
-    teacher, checksum = load_teacher(args.teacher, shape) if args.teacher else (None, None)
+    teacher, checksum = load_teacher(args.teacher, shape) if args.teacher else (
+        None, (None, None))
     run = Run(args, data, "teacher" if shape == full else "pruned",
-              shape=dataclasses.asdict(shape), transfer=args.transfer, teacher=checksum,
-              kd_weight=args.kd_weight, kd_temperature=args.kd_temperature)
+              shape=dataclasses.asdict(shape), transfer=args.transfer, teacher=checksum[0],
+              teacher_buffers=checksum[1], kd_weight=args.kd_weight,
+              kd_temperature=args.kd_temperature)
     if run.result is None:
         torch.manual_seed(args.seed)
         net, transfer = ResNet(shape), TRANSFERS[args.transfer]
@@ -1641,7 +1760,8 @@ def command_search(args):
             torch.manual_seed(args.seed)
             shape, metrics = search(run, data, space, target)
         told = ("val_accuracy", "width_discrepancy", "depth_discrepancy") if metrics else ()
-        run.finish(shape, metrics, **{name: metrics[-1][name] for name in told})
+        run.finish(shape, metrics, shape=dataclasses.asdict(shape),
+                   **{name: metrics[-1][name] for name in told})
     teacher = run.path.parent / "teacher"
     print_result(args, f"{run.path / 'shape.json'}: {summary(Shape.load(run.path))}; target "
                  f"{target / 1e6:.2f}M", f"tas.py train DATA --shape {run.path / 'shape.json'} "
@@ -1655,7 +1775,10 @@ def command_prune(args):
         common = {"command": command, "out": base / name, "shape": None, "more_follows": True}
         return argparse.Namespace(**{**vars(args), **common, **changes})
 
-    _, space, *_ = plan_search(part("search", "search"))  # before hours of training
+    for name in ("teacher", "search", "pruned"):  # all before hours of training
+        if not (base / name / "run.json").exists():
+            require_new(base / name)
+    _, space, *_ = plan_search(part("search", "search"))
     teacher = args.teacher
     if teacher:
         load_teacher(teacher, space.full)
@@ -1673,6 +1796,9 @@ def command_eval(args):
     data = open_data(args, net.shape.arch, TRAIN_EPOCHS)
     require(len(data.classes) == net.shape.num_classes, f"{args.dir} has {net.shape.num_classes} "
             f"classes, the data {len(data.classes)}; give the --data that it was trained on")
+    classes = (read_info(args.dir).get("result") or {}).get("classes") or data.classes
+    require(classes == data.classes, f"{args.dir} was trained on the classes {str(classes)[:100]}, "
+            f"the data has {str(data.classes)[:100]}")
     if args.precision == "auto":  # as in the last epoch of the run
         args.precision = read_info(args.dir).get("precision") or native_precision(args)
     accuracy, top5 = evaluate(to_device(pad_channels(net), args), data.test, args)
@@ -1765,23 +1891,45 @@ def add_search_options(command):
     add("--sampler", choices=("gumbel", "softmax"), default="gumbel")
     add("--align", choices=("cwi", "pad"), default="cwi", help="unequal widths: interpolate or pad")
 
+def printable(text):
+    """At most 500 characters, those that a terminal would act upon escaped."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return shown if len(shown) <= 500 else shown[:497] + "..."
+
+def complain(message):
+    """One line on stderr; the exit status."""
+    with contextlib.suppress(OSError):
+        print(f"error: {printable(message)}", file=sys.stderr)
+    return 2
+
 def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can mend, 130 when stopped."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        for word, value in zip(argv, [*argv[1:], "."]):
+            given = word.partition("=")[2] if "=" in word else value
+            require(not word.startswith("--") or given and not word.partition("=")[2][:1] == "-",
+                    f"{word}: an empty or dashed value")
         args = build_parser().parse_args(argv)
         args.line = " ".join(["python tas.py", *argv])
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         args.function(args)
     except TASError as error:  # its last part, when a worker process raised it
-        print(f"error: {str(error).rsplit('TASError: ', 1)[-1].strip()}", file=sys.stderr)
-        return 2
+        return complain(str(error).rsplit("TASError: ", 1)[-1].strip())
     except KeyboardInterrupt:
         print("stopped; the same command goes on after the last finished epoch", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
+    except OSError as error:  # of the disk, of standard output, of too many files ...
+        return complain(f"{error}; mend it, and the same command goes on")
+    except (MemoryError, RuntimeError) as error:
+        if "memory" in str(error) or isinstance(error, MemoryError):
+            return complain("out of memory; lower --batch-size (and choose another --out)")
+        if "DataLoader worker" in str(error):
+            return complain(f"{error}; the same command goes on, with --workers 0 without workers")
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

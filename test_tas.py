@@ -1317,8 +1317,8 @@ def write_images(root, classes="ab", train=12, val=4, size=8, mode="RGB"):
                 Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
 
 def tree(root):
-    """Content of every file below a directory."""
-    return {p: p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    """Content of every file below a directory, without locks."""
+    return {p: p.read_bytes() for p in sorted(root.rglob("[!.]*")) if p.is_file()}
 
 def read_metrics(directory):
     """Lines of metrics.jsonl, without the only entry that may differ between runs."""
@@ -1551,9 +1551,9 @@ def test_stopped_with_a_hint(root, tmp_path, monkeypatch, capfd, how):
     check_same_run(tmp_path / "run", root / "whole")
 
 def test_finished_parts_are_not_repeated(root, capsys):
-    before = {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("[!.]*")}
     assert run(PRUNE + " --out {root}/runs", root=root) == 0
-    assert {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("[!.]*")} == before
     assert "1/3" not in capsys.readouterr().out
 
 def test_large_images_do_not_depend_on_workers_or_interruptions(tmp_path, monkeypatch):
@@ -1650,10 +1650,10 @@ def test_other_settings_are_refused(root, capfd, line, flags, where):
 def test_a_run_that_does_not_record_newer_settings_goes_on(root, tmp_path, half):
     def forget(state):
         state["settings"] = {name: value for name, value in state["settings"].items()
-                             if name not in tas.OLDER_SETTINGS}
+                             if name not in (*tas.OLDER_SETTINGS, *tas.NOT_RECORDED)}
 
     info = tas.read_json(half / "run.json")
-    assert {"kd_weight", "kd_temperature"} == set(tas.OLDER_SETTINGS) & set(info["settings"])
+    assert {"kd_weight", "kd_temperature", "world"} == set(tas.OLDER_SETTINGS) & set(info["settings"])
     forget(info)
     change_json(half / "run.json", info)
     change_state(half / "last.ckpt", forget)
@@ -2061,7 +2061,7 @@ def test_prune_leaves_three_runs(root):
     assert tas.Shape.load(root / "runs" / "search") == shape
     assert abs(macs_share(root / "runs" / "search") - 0.5) <= 0.025
     for name, files in (("teacher", RESULTS), ("search", RESULTS[:4]), ("pruned", RESULTS)):
-        assert sorted(p.name for p in (root / "runs" / name).iterdir()) == sorted(files)
+        assert sorted(p.name for p in (root / "runs" / name).glob("[!.]*")) == sorted(files)
         net = tas.ResNet(shape)
         if name != "search":
             net = tas.load(root / "runs" / name)
@@ -2329,3 +2329,162 @@ def test_readme_s_commands_are_understood():
     assert len(names) > 5 and [name for name in names if not hasattr(tas, name)] == []
     for path in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"python (tools/\w+\.py)", text):
         assert (HERE / path).exists(), path
+
+# ---- Nothing silently wrong ---------------------------------------------------------------------
+
+def repaint(directory):
+    """Give one image of an ImageFolder other pixels, of the same file name."""
+    path = sorted((directory / "train").rglob("*.png"))[0]
+    Image.new("RGB", Image.open(path).size, (1, 2, 3)).save(path)
+
+def test_other_data_of_the_same_name_are_refused(root, tmp_path, half, capfd):
+    """Finished runs and interrupted ones, of other pixels or of other classes."""
+    shutil.copytree(root / "whole", tmp_path / "whole")
+    repaint(tmp_path / "data")
+    for name in ("whole", "half"):
+        check_refused(capfd, tmp_path, TRAIN + f" --out {{root}}/{name}", "fingerprint was ")
+    shutil.rmtree(tmp_path / "data")
+    write_images(tmp_path / "data", ["dog", "emu"])
+    tas.load_data.cache_clear()  # as in a new process
+    check_refused(capfd, tmp_path, TRAIN + " --out {root}/whole", "fingerprint was ")
+    check_refused(capfd, tmp_path, "eval {root}/whole --data folder --data-dir {root}/data "
+                  "--workers 0", "['a', 'b']", "['dog', 'emu']")
+
+def test_fingerprints_tell_large_images_apart(tmp_path):
+    def of(name):
+        return tas.fingerprint(tas.load_data("folder", str(tmp_path / name), 66, torch.device("cpu"),
+                                             0))
+
+    write_images(tmp_path / "one", size=66)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert of("one") == of("two")
+    (tmp_path / "two/train/a/0.png").rename(tmp_path / "two/train/a/x.png")
+    assert of("one") != of("two")
+
+@pytest.mark.parametrize("mode, suffix", [("I;16", "png"), ("F", "tif"), ("I", "tif")])
+def test_images_of_more_than_8_bits_are_refused(tmp_path, capfd, mode, suffix):
+    write_images(tmp_path / "data")
+    Image.new(mode, (8, 8), 500).save(tmp_path / f"data/train/a/deep.{suffix}")
+    check_refused(capfd, tmp_path, f"train {ONE} --arch resnet20", f"deep.{suffix}", f"mode {mode}")
+
+def test_the_number_of_processes_is_a_setting(tmp_path, half, capfd):
+    info = tas.read_json(half / "run.json")
+    change_json(half / "run.json", {"settings": info["settings"] | {"world": 2}})
+    check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "world was 2, now 1")
+
+@pytest.mark.parametrize("words", [
+    ["--teacher", ""], ["--shape", ""], ["--shape="], ["--epochs=--"], ["--out", ""],
+    ["--data-dir="], ["--teacher=--quiet"]])
+def test_empty_and_dashed_values_are_errors(capfd, words):
+    assert tas.main(["train", "--data", "synthetic", "--arch", "resnet20", *words]) == 2
+    assert words[0] in one_line(capfd)
+
+def test_an_exchanged_shape_is_refused(root, tmp_path, capfd):
+    for name in ("runs", "data"):
+        shutil.copytree(root / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "runs" / "pruned")
+    tas.Shape.load(tmp_path / "runs/search").full.save(tmp_path / "runs/search/shape.json")
+    for line in (PRUNE + " --out {root}/runs", DISTIL + " --out {root}/new"):
+        check_refused(capfd, tmp_path, line, "{root}/runs/search", "the search")
+
+def test_running_statistics_belong_to_a_teacher(root, tmp_path, capfd):
+    for name in ("runs", "data"):
+        shutil.copytree(root / name, tmp_path / name)
+    change_state(tmp_path / "runs/teacher/weights.pt",
+                 lambda state: state["bn1.running_mean"].add_(1))
+    check_refused(capfd, tmp_path, PRUNE + " --out {root}/runs", "teacher_buffers was ")
+
+@pytest.mark.parametrize("target", [".", "..", "../b"])
+def test_links_to_folders_are_refused(tmp_path, capfd, target):
+    write_images(tmp_path / "data")
+    (tmp_path / "data/train/a/loop").symlink_to(target)
+    check_refused(capfd, tmp_path, f"train {ONE} --arch resnet20", "train/a/loop")
+
+@pytest.mark.parametrize("spoil", [
+    lambda buffer: buffer[:1], lambda buffer: buffer.double(), lambda buffer: buffer.new_zeros(1),
+    lambda buffer: buffer.new_zeros(buffer.numel() * 2)[::2].view(buffer.shape)])
+def test_buffers_of_another_form_are_refused(tmp_path, half, capfd, spoil):
+    """The fused optimisers write past the end of a buffer that is too small."""
+    def change(state):
+        buffers = state["parts"]["optimizer"]["state"][0]
+        buffers["momentum_buffer"] = spoil(buffers["momentum_buffer"])
+
+    change_state(half / "last.ckpt", change)
+    check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "last.ckpt", "--out")
+
+def test_a_poisoned_download_is_not_executed(root, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    url = torchvision.models.get_model_weights("resnet18")["IMAGENET1K_V1"].url
+    file = tmp_path / "home/hub/checkpoints" / Path(url).name
+    file.parent.mkdir(parents=True)
+    torch.save(Evil(tmp_path / "executed"), file)
+    check_refused(capfd, root, f"train {ONE} --arch resnet18 --teacher torchvision", "damaged")
+    assert not (tmp_path / "executed").exists()
+
+def test_links_in_the_place_of_temporary_files_are_not_followed(tmp_path, half, monkeypatch):
+    (tmp_path / "outside").write_text("mine")
+    for name in ("run.json", "metrics.jsonl", "last.ckpt", "weights.pt"):
+        (half / f"{name}.tmp").unlink(missing_ok=True)
+        (half / f"{name}.tmp").symlink_to(tmp_path / "outside")
+    assert run(TRAIN + " --out {root}/half", root=tmp_path) == 0
+    assert (tmp_path / "outside").read_text() == "mine"
+    monkeypatch.setattr(tas.time, "monotonic_ns", lambda: 7)
+    (tmp_path / f"x.{os.getpid()}-7.tmp").symlink_to(tmp_path / "outside")
+    with pytest.raises(tas.TASError, match="cannot write"):
+        tas.write_file(tmp_path / "x", b"theirs")
+    assert (tmp_path / "outside").read_text() == "mine"
+
+def test_two_commands_in_one_directory(tmp_path, half, capfd):
+    lock = tas.lock_directory(half)
+    check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "in use by process "
+                  f"{os.getpid()}")
+    lock.close()  # as the end of a process does
+    assert run(TRAIN + " --out {root}/half", root=tmp_path) == 0
+
+def test_processes_whose_launcher_is_gone_stop(root, tmp_path, monkeypatch):
+    numbers = itertools.count()
+    monkeypatch.setattr(tas.os, "getppid", lambda: next(numbers))
+    progress = tas.Progress.__new__(tas.Progress)
+    progress.run = type("Run", (), {"args": type("Args", (), {"world": 2})})
+    progress.launcher = tas.os.getppid()
+    with pytest.raises(tas.TASError, match="launcher"):
+        progress.step([])
+
+@pytest.mark.parametrize("names", [{"RANK": "x"}, {"WORLD_SIZE": "x"}, {"RANK": "1"},
+                                   {"RANK": "-1"}, {"WORLD_SIZE": "0"}])
+def test_wrong_places_among_processes(root, capfd, monkeypatch, names):
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    check_refused(capfd, root, f"train {ONE} --arch resnet20", "WORLD_SIZE")
+
+def test_pipes_are_not_waited_for(tmp_path, half, capfd):
+    os.mkfifo(tmp_path / "shape.json")
+    check_refused(capfd, tmp_path, f"train {CHEAP} --data-dir {{root}}/data --shape "
+                  "{root}/shape.json", "shape.json")
+    os.mkfifo(tmp_path / "data/train/a/x.png")
+    check_refused(capfd, tmp_path, f"train {ONE} --arch resnet20", "x.png")
+    (half / "last.ckpt").unlink()
+    os.mkfifo(half / "last.ckpt")
+
+@pytest.mark.parametrize("error, word", [
+    (OSError(24, "Too many open files"), "Too many open files"),
+    (PermissionError(13, "Permission denied", "/x"), "/x"), (MemoryError(), "--batch-size"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "DataLoader worker")])
+def test_errors_of_the_machine_are_one_line(root, capfd, monkeypatch, error, word):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(tas, "evaluate", fail)
+    assert run(f"eval {{root}}/whole {CHEAP.replace('--precision fp32', '')} --data-dir "
+               "{root}/data", root=root) == 2
+    assert word in one_line(capfd)
+
+def test_one_image_cannot_be_normalised(root, capfd):
+    check_refused(capfd, root, f"train {ONE} --arch resnet20 --batch-size 1", "--batch-size 1")
+
+@given(st.text(min_size=1, max_size=900))
+def test_messages_are_printable_and_short(text):
+    shown = tas.printable(text)
+    assert shown.isprintable() and len(shown) <= 500
+    assert shown == text or not text.isprintable() or len(text) > 500
