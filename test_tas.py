@@ -2488,3 +2488,43 @@ def test_messages_are_printable_and_short(text):
     shown = tas.printable(text)
     assert shown.isprintable() and len(shown) <= 500
     assert shown == text or not text.isprintable() or len(text) > 500
+
+# ---- The plan of reproduce.sh -------------------------------------------------------------------
+
+NAMES = ["smoke", "cpu", "budgets", "full20", "table", "table1", "table2", "table3", "figure3"]
+
+def reproduce(*words, **names):
+    return subprocess.run(["bash", "reproduce.sh", *words], cwd=HERE, text=True, timeout=LIMIT,
+                          capture_output=True, env=os.environ | names)
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_is_a_plan_of_commands(name):
+    """All are understood, in full and as a trial; what a training needs comes before it."""
+    for names in ({}, {"EPOCHS": "1", "DATA": "synthetic", "BATCH": "512", "SEEDS": "0 1"}):
+        plan = reproduce(name, "--dry-run", **names)
+        assert plan.returncode == 0 and plan.stderr == ""
+        made = {"shapes/cifar10-resnet20.json", "results/cifar10-resnet20-cpu/teacher"}
+        lines = [line.split() for line in plan.stdout.splitlines() if line.startswith("python ")]
+        assert lines[-1][1].startswith("tools/")
+        for _, program, *words in lines:
+            if program != "tas.py":
+                assert (HERE / program).is_file()
+                continue
+            args = tas.build_parser().parse_args(words)
+            assert not names or (args.epochs == 1 and args.data == "synthetic") or name == "smoke"
+            for needed in (getattr(args, "shape", None), getattr(args, "teacher", None)):
+                assert needed in (None, *made)
+            made |= {args.out, f"{args.out}/shape.json"}
+
+def test_the_seeds_of_an_experiment():
+    plain, more = (reproduce("table1", "--dry-run", **names).stdout.splitlines()
+                   for names in ({}, {"SEEDS": "3 4"}))
+    assert len(more) == 2 * len(plain) - 1  # but one report
+    assert sum("--seed 3" in line for line in more) == sum("--seed 0" in line for line in plain)
+
+@pytest.mark.parametrize("words, status", [
+    (["help"], 0), (["bogus"], 2), (["table", "more"], 2), (["table", "--dry-run", "x"], 2)])
+def test_names_of_experiments(words, status):
+    done = reproduce(*words)
+    assert done.returncode == status
+    assert all(f"\n  {name} " in done.stdout + done.stderr for name in NAMES)

@@ -63,7 +63,7 @@ def make_cases(args, space, shapes):
     cases = {
         "training": lambda: tas.take_step(args, net, optimizer, tas.training_loss, None, *batch),
         "batching, augmentation": lambda: next(split.batches(order, n, True))}
-    for k in (2, space.num_widths):
+    for k in args.candidates or (2, space.num_widths):
         cases[f"search round, {k} candidates"] = search_case(args, space, batch, k)
     for name, shape in shapes.items():
         deployed = tas.to_device(tas.ResNet(shape).eval(), args)
@@ -114,17 +114,17 @@ def bench(args):
 
 def main(argv=None):
     """Print the times; returns the exit status."""
-    parser = tas.Parser(prog="tools/bench.py", description=__doc__.split("\n")[0])
-    parser.add_argument("arch", metavar="ARCH", choices=tuple(tas.ARCHS), help=" ".join(tas.ARCHS))
-    parser.add_argument("--shape", nargs="+", default=[], help="shape files or run directories")
-    parser.add_argument("--batch-size", type=tas.number(int, 2, 10 ** 5), default=256)
-    parser.add_argument("--image-size", type=tas.number(int, 8, 1024), help="pixels (32 or 224)")
-    parser.add_argument("--rounds", type=tas.number(int, 1, 1000), default=9)
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"),
-                        default=["fp32", "bf16"], help="(both)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
-    parser.add_argument("--json", metavar="FILE", help="write the times, too")
-    return run(parser, bench, argv)
+    flags = tas.Parser(prog="tools/bench.py", description=__doc__.split("\n")[0])
+    flags.add_argument("arch", metavar="ARCH", choices=tuple(tas.ARCHS), help=" ".join(tas.ARCHS))
+    flags.add_argument("--shape", nargs="+", default=[], help="shape files or run directories")
+    flags.add_argument("--batch-size", type=tas.number(int, 2, 10 ** 5), default=256)
+    flags.add_argument("--image-size", type=tas.number(int, 8, 1024), help="pixels (32 or 224)")
+    flags.add_argument("--rounds", type=tas.number(int, 1, 1000), default=9)
+    flags.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    flags.add_argument("--candidates", nargs="+", type=tas.number(int, 1, 8), help="(2 and all)")
+    flags.add_argument("--device", default="auto", help="cpu, cuda, ...")
+    flags.add_argument("--json", metavar="FILE", help="write the times, too")
+    return run(flags, bench, argv)
 
 if __name__ == "__main__":
     sys.exit(main())
