@@ -875,6 +875,7 @@ TRANSFERS = {  # --transfer
     "none": Transfer(None, None),
     "init": Transfer(inherit_weights, None),
     "kd": Transfer(None, kd_loss),
+    "init+kd": Transfer(inherit_weights, kd_loss),
 }
 
 # ---- Data ---------------------------------------------------------------------------------------
@@ -1619,10 +1620,13 @@ def setup(args):
             local = os.environ.get("LOCAL_RANK", args.device.index or 0)
             args.device = torch.device("cuda", int(local))
             torch.cuda.set_device(args.device)
+            torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it
         torch.zeros(1, device=args.device).double().item()  # fails where it cannot compute
     if args.world > 1 and not torch.distributed.is_initialized():
-        backend = "nccl" if args.device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend)
+        if args.device.type == "cuda":
+            torch.distributed.init_process_group("nccl", device_id=args.device)
+        else:
+            torch.distributed.init_process_group("gloo")
     torch.backends.cudnn.benchmark = True
     keep_freed_memory()
     torch.manual_seed(args.seed)
@@ -1844,7 +1848,7 @@ def build_parser():
         if name in ("train", "prune"):
             command.add_argument("--teacher", help="directory of the unpruned one, or torchvision")
             command.add_argument("--transfer", choices=TRANSFERS,
-                                 help="kd with a teacher: distil; init: copy its first channels")
+                                 help="with a teacher kd: distil; init: copy its first channels")
             command.add_argument("--kd-weight", type=number(float, 0, 1), default=KD_WEIGHT,
                                  help="of the soft term")
             command.add_argument("--kd-temperature", type=number(float, 0.01, 1000),
@@ -1864,7 +1868,7 @@ def add_data_options(command):
         help="images, over all processes")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="of everything random")
     add("--device", default="auto", help="cpu, cuda, ...; auto: cuda where there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 where native")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 where native; fp32 on CUDA: TF32")
 
 def add_training_options(command):
     add = command.add_argument

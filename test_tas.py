@@ -1007,6 +1007,7 @@ PRUNED = "--shape {tmp}/resnet20.json --teacher {tmp}/teacher"
     (PRUNED, 2, 167, 2, 5e-4, (0.9, 4), 10),
     (PRUNED + " --kd-weight 0.3 --kd-temperature 2", 2, 167, 2, 5e-4, (0.3, 2), 10),
     (PRUNED + " --transfer init", 2, 167, 2, 5e-4, None, 10),
+    (PRUNED + " --transfer init+kd", 2, 167, 2, 5e-4, (0.9, 4), 10),
     ("--shape {tmp}/resnet164.json", 2, 167, 2, 5e-4, None, 10),
     ("--shape {tmp}/resnet18.json", 2, 167, 2, 5e-4, None, 10),
     ("--arch resnet20 --image-size 65", 2, 167, 2, 1e-4, None, 101),  # as of large images
@@ -1653,7 +1654,8 @@ def test_a_run_that_does_not_record_newer_settings_goes_on(root, tmp_path, half)
                              if name not in (*tas.OLDER_SETTINGS, *tas.NOT_RECORDED)}
 
     info = tas.read_json(half / "run.json")
-    assert {"kd_weight", "kd_temperature", "world"} == set(tas.OLDER_SETTINGS) & set(info["settings"])
+    newer = set(tas.OLDER_SETTINGS) & set(info["settings"])
+    assert newer == {"kd_weight", "kd_temperature", "world"}
     forget(info)
     change_json(half / "run.json", info)
     change_state(half / "last.ckpt", forget)
@@ -2250,12 +2252,12 @@ def test_transfers(root, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tas, "train", train)
     lines = [f"--teacher {{root}}/{teacher} --transfer {transfer}" for transfer in
-             ("none", "init", "kd") for teacher in ("runs/teacher", "other")]
+             ("none", "init", "kd", "init+kd") for teacher in ("runs/teacher", "other")]
     lines += ["", "--teacher {root}/runs/teacher"]
     found = results_of(root, tmp_path, [f"{DISTIL} {line}" for line in lines])
-    none, none_2, init, init_2, kd, kd_2, alone, default = found
+    none, none_2, init, init_2, kd, kd_2, both, both_2, alone, default = found
     assert identical(alone, none) and identical(alone, none_2) and identical(kd, default)
-    for one, two in itertools.combinations([alone, init, init_2, kd, kd_2], 2):
+    for one, two in itertools.combinations([alone, init, init_2, kd, kd_2, both, both_2], 2):
         assert not identical(one[1], two[1])
         assert one[0][0]["train_loss"] != two[0][0]["train_loss"]
     sources = [tas.load_tensors(root / name / "weights.pt") for name in ("runs/teacher", "other")]
@@ -2352,8 +2354,8 @@ def test_other_data_of_the_same_name_are_refused(root, tmp_path, half, capfd):
 
 def test_fingerprints_tell_large_images_apart(tmp_path):
     def of(name):
-        return tas.fingerprint(tas.load_data("folder", str(tmp_path / name), 66, torch.device("cpu"),
-                                             0))
+        data = tas.load_data("folder", str(tmp_path / name), 66, torch.device("cpu"), 0)
+        return tas.fingerprint(data)
 
     write_images(tmp_path / "one", size=66)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
