@@ -1118,7 +1118,7 @@ def set_learning_rate(optimizer, step, steps, warmup, highest):
     factor = min(1, (step + 1) / warmup) if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
     optimizer.param_groups[0]["lr"] = highest * factor
 
-def temperature(epoch, epochs, start=TAU_START, end=TAU_END):
+def gumbel_temperature(epoch, epochs, start=TAU_START, end=TAU_END):
     """Gumbel temperature tau of an epoch, linear over the epochs."""
     return start + (end - start) * epoch / max(1, epochs - 1)
 
@@ -1298,7 +1298,7 @@ def search(run, data, space, target):
 
     for epoch in range(len(metrics), args.epochs):
         start, weight_seen, arch_seen = time.perf_counter(), [], []
-        tau = temperature(epoch, args.epochs, args.tau_start, args.tau_end)
+        tau = gumbel_temperature(epoch, args.epochs, args.tau_start, args.tau_end)
         device_tau.fill_(tau)
         net.train()
         batches = [shuffled_batches(data.train, half, args) for half in halves]
@@ -1429,10 +1429,12 @@ class Run:
         if (self.path / "run.json").exists():
             self.info = read_json(self.path / "run.json")
             self.compare("run.json", self.info.get("settings"))
-            with errors_as(f"{self.path / 'run.json'} is damaged; choose another --out"):
-                if self.result is not None:
-                    f"{self.result['macs']:d} {self.result.get('accuracy', 0.0):f}"  # both numbers
-                ("fp32", "bf16").index(self.info.setdefault("precision", native_precision(args)))
+            self.info.setdefault("precision", native_precision(args))
+            result = {"macs": 0} if self.result is None else self.result
+            right = isinstance(result, dict) and type(result.get("macs")) is int \
+                and type(result.get("accuracy", 0.0)) is float \
+                and self.info["precision"] in ("fp32", "bf16")
+            require(right, f"{self.path / 'run.json'} is damaged; choose another --out")
         elif not args.rank:
             require_new(self.path)
             self.update()
@@ -1868,7 +1870,8 @@ def add_data_options(command):
         help="images, over all processes")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="of everything random")
     add("--device", default="auto", help="cpu, cuda, ...; auto: cuda where there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 where native; fp32 on CUDA: TF32")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="auto: bf16 where it is native; fp32 is TF32 on CUDA")
 
 def add_training_options(command):
     add = command.add_argument
@@ -1889,8 +1892,8 @@ def add_search_options(command):
     add("--method", choices=("tas", "random", "uniform"), default="tas",
         help="random: any sizes; uniform: one factor for all widths")
     add("--cost-weight", type=number(float, 0, 1e6), default=COST_WEIGHT, help="of the cost loss")
-    add("--tau-start", type=number(float, 1e-3, 1e3), default=TAU_START, help="temperature")
-    add("--tau-end", type=number(float, 1e-3, 1e3), default=TAU_END, help="temperature at the end")
+    add("--tau-start", type=number(float, 1e-3, 100), default=TAU_START, help="temperature")
+    add("--tau-end", type=number(float, 1e-3, 100), default=TAU_END, help="temperature at the end")
     add("--num-samples", type=number(int, 1, 8), default=NUM_SAMPLES, help="candidates mixed")
     add("--sampler", choices=("gumbel", "softmax"), default="gumbel")
     add("--align", choices=("cwi", "pad"), default="cwi", help="unequal widths: interpolate or pad")
@@ -1906,14 +1909,20 @@ def complain(message):
         print(f"error: {printable(message)}", file=sys.stderr)
     return 2
 
+def require_values(argv):
+    """TASError where an option is followed by an empty value, such as that of an unset variable, or
+    has = and a dash."""
+    for word, following in zip(argv, [*argv[1:], "nothing"]):
+        if word.startswith("--"):
+            value = word.partition("=")[2] if "=" in word else following
+            dashed = "=" in word and value.startswith("-")
+            require(value and not dashed, f"{word}: an empty or dashed value")
+
 def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can mend, 130 when stopped."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        for word, value in zip(argv, [*argv[1:], "."]):
-            given = word.partition("=")[2] if "=" in word else value
-            require(not word.startswith("--") or given and not word.partition("=")[2][:1] == "-",
-                    f"{word}: an empty or dashed value")
+        require_values(argv)
         args = build_parser().parse_args(argv)
         args.line = " ".join(["python tas.py", *argv])
         signal.signal(signal.SIGTERM, signal.default_int_handler)
