@@ -420,8 +420,8 @@ class ResNet(nn.Module):
         super().__init__()
         self.shape, arch, c = shape, ARCHS[shape.arch], shape.stem
         self.conv1 = conv2d(3, c, 3) if arch.small else conv2d(3, c, 7, 2)
-        self.bn1 = nn.BatchNorm2d(c)
         self.maxpool = nn.Identity() if arch.small else nn.MaxPool2d(3, 2, 1)
+        self.bn1 = nn.BatchNorm2d(c)
         for s, blocks in enumerate(shape.stages):
             layer = nn.Sequential()
             for b, widths in enumerate(blocks):
@@ -777,7 +777,7 @@ def way_back(chain, cell, m, entering, leaving, pick):
     while i > 0:  # until the stem, which has one way to each of its widths
         options, before = chain[i].options[o], chain[i].before
         source = torch.tensor([option.source for option in options])
-        score = torch.tensor([option.score for option in options]).double()
+        score = torch.tensor([option.score for option in options], dtype=torch.float64)
         left = m - torch.tensor([round(option.macs / cell) for option in options])
         score = (entering[i][source, left.clamp(min=0)] + score).masked_fill(left < 0, -math.inf)
         chosen = int(pick(score))
