@@ -1564,6 +1564,11 @@ def read_info(path):
     file = (directory if directory.is_dir() else directory.parent) / "run.json"
     return read_json(file) if path and file.exists() else {}
 
+def read_result(path):
+    """The result in that run.json, {} when there is none."""
+    result = read_info(path).get("result")
+    return result if isinstance(result, dict) else {}
+
 def require_equal(path, shape, other, whose, *names):
     """TASError unless two Shapes agree in these fields."""
     for name in names:
@@ -1694,13 +1699,13 @@ def print_result(args, text, following):
     if not args.rank:
         data = f"--data {args.data} --data-dir {args.data_dir} --image-size {args.image_size}"
         following = following.replace("DATA", data)
-        print(text if args.more_follows else f"{text}\nnext: python {following}")
+        print(text if args.more_follows else f"{text}\nnext: python {following}", flush=True)
 
 def command_train(args):
     """Train the unpruned network of --arch, or the pruned one of --shape."""
     shape = Shape.load(args.shape) if args.shape else None
     if shape:
-        found = (read_info(args.shape).get("result") or {}).get("shape")
+        found = read_result(args.shape).get("shape")
         require(found in (None, dataclasses.asdict(shape)),
                 f"{args.shape} is not the shape that the search beside it found; restore it, or "
                 "move it elsewhere")
@@ -1729,11 +1734,10 @@ def command_train(args):
         metrics = train(run, data, net, teacher if transfer.loss else None)
         if not args.rank:  # without the padded channels
             save_tensors(run.path / "weights.pt", inherit_weights(ResNet(shape), net).state_dict())
-        above = read_info(args.teacher).get("result") or {}
         run.finish(shape, metrics, accuracy=metrics[-1]["test_accuracy"],
                    top5=metrics[-1].get("test_top5"), classes=data.classes,
                    search=read_info(args.shape).get("settings"),
-                   teacher_accuracy=above.get("accuracy"))
+                   teacher_accuracy=read_result(args.teacher).get("accuracy"))
     print_result(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
                  f"{args.data}, {summary(shape)}",
                  f"tas.py search DATA --arch {args.arch} --flops {FLOPS}" if shape == full else
@@ -1802,7 +1806,7 @@ def command_eval(args):
     data = open_data(args, net.shape.arch, TRAIN_EPOCHS)
     require(len(data.classes) == net.shape.num_classes, f"{args.dir} has {net.shape.num_classes} "
             f"classes, the data {len(data.classes)}; give the --data that it was trained on")
-    classes = (read_info(args.dir).get("result") or {}).get("classes") or data.classes
+    classes = read_result(args.dir).get("classes") or data.classes
     require(classes == data.classes, f"{args.dir} was trained on the classes {str(classes)[:100]}, "
             f"the data has {str(data.classes)[:100]}")
     if args.precision == "auto":  # as in the last epoch of the run
