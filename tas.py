@@ -1863,6 +1863,7 @@ def build_parser():
     return parser
 
 def add_data_options(command):
+    """Options of all commands: data, device and precision."""
     add = command.add_argument
     names = "cifar10", "cifar100", "imagenet", "folder", "synthetic"
     add("--data", choices=names, required=True)
@@ -1878,6 +1879,7 @@ def add_data_options(command):
         help="auto: bf16 where it is native; fp32 is TF32 on CUDA")
 
 def add_training_options(command):
+    """Options of all commands that train."""
     add = command.add_argument
     add("--epochs", type=number(int, 1, 10 ** 5), help="300, search 600; above 64 pixels 120")
     add("--lr", type=number(float, 1e-9, 1e9), default=LR, help="of the weights, at its highest")
@@ -1887,6 +1889,7 @@ def add_training_options(command):
     add("--quiet", action="store_true", help="print results only")
 
 def add_search_options(command):
+    """Options of the search, the paper's ablations among them."""
     add = command.add_argument
     add("--flops", default=FLOPS, help="MACs: fraction of the unpruned, or such as 59.5M")
     add("--tolerance", type=number(float, 0.001, 0.5), default=TOLERANCE, help="part of the target")
