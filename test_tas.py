@@ -534,7 +534,8 @@ def test_logits_start_small_and_absent_candidates_are_never_drawn():
         sample = tas.sample_sizes(net.alpha, net.beta, tau, 1)
         assert all(index < len(c) for index, c in zip(sample.index, space.widths))
         for weights, depths in zip(sample.depth, space.depths):
-            assert (weights[:len(depths)] > 0).any() and (weights[len(depths):] == 0).all()
+            assert weights[:len(depths)].sum().item() == pytest.approx(1)
+            assert (weights[len(depths):] == 0).all()
 
 # ---- Search objective ---------------------------------------------------------------------------
 
