@@ -15,9 +15,9 @@ kd_loss; training: train; the search: search.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -47,7 +47,7 @@ WIDEST = 8                      # a Shape has at most so many times the unpruned
 FLOPS = "0.5"                   # target, fraction of the unpruned MACs (ours; the paper's vary)
 TOLERANCE = 0.05                # half-width of the band, fraction of the target (paper)
 REFINEMENTS = 1, 8, 64, 512     # of the cells of `extract` (ours; the first nearly always serves)
-MOST_CELLS = 1_000_000          # of a refined `extract` (ours; bounds time and memory)
+MOST_CELLS = 100_000_000        # of a refined `extract` (ours; bounds time and memory)
 # The search.
 COST_WEIGHT = 2.0               # of the cost loss beside cross-entropy (paper)
 NUM_SAMPLES = 2                 # candidates mixed per conv (paper)
@@ -153,25 +153,18 @@ ARCHS = {
 def find_arch(name):
     """The Arch of that name; TASError when there is none."""
     require(isinstance(name, str) and name in ARCHS,
-            f"unknown arch {brief(name)!r}; known: {', '.join(ARCHS)}")
+            f"unknown arch {name!r:.40}; known: {', '.join(ARCHS)}")
     return ARCHS[name]
-
-def brief(value):
-    """A value for a message, in at most 40 characters."""
-    try:
-        return str(value)[:40]
-    except ValueError:  # too many digits to print
-        return "a huge one"
 
 def check_whole(name, value, low, high):
     """TASError unless `value` is a whole number from low to high."""
     require(type(value) is int and low <= value <= high,
-            f"{name} must be a whole number from {low} to {high}, not {brief(value)}")
+            f"{name} must be a whole number from {low} to {high}, not {value!r:.40}")
 
 def check_list(name, value, low, high):
     """TASError unless `value` is a list of low to high items."""
     require(isinstance(value, (list, tuple)) and low <= len(value) <= high,
-            f"{name} must be a list of {low} to {high} items, not {brief(value)}")
+            f"{name} must be a list of {low} to {high} items, not {value!r:.40}")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -248,7 +241,7 @@ def network_layers(arch, image_size, num_classes):
     one = exits + len(arch.depths)
     size = image_size if arch.small else (image_size + 1) // 2  # rounded up, as padding does
     stem_kernel = 3 if arch.small else 7
-    layers = [Layer(one, 0, 0, 0, 3 * (stem_kernel * size) ** 2, False)]
+    layers = [Layer(one, 0, 0, 0, 3 * (stem_kernel * size) ** 2, False)]  # 3 colours, taken as one
     size = size if arch.small else (size + 1) // 2  # max pooling
     last = 0  # the conv before
     for s, depth in enumerate(arch.depths):
@@ -646,34 +639,159 @@ def in_band(macs, target, tolerance):
     return abs(macs - target) <= tolerance * target
 
 def log_rows(logits, candidates):
-    """Log-probabilities as a list of rows without absent candidates, float64 on the CPU."""
+    """Log-probabilities as rows without absent candidates, float64 on the CPU; those of a row less
+    the largest, which changes no order."""
     logits = logits.detach().double().cpu().clamp(-1e9, 1e9)
     require(len(logits) == len(candidates) and not logits.isnan().any(),
             f"expected {len(candidates)} rows of logits without NaN; after a search, lower --lr")
-    return [row[:len(present)].log_softmax(0) for row, present in zip(logits, candidates)]
+    rows = [row[:len(present)] for row, present in zip(logits, candidates)]
+    return [row - row.max() for row in rows]
+
+# A network is a chain: the stem, the blocks, the classifier. What a link costs depends on its own
+# widths and on the width of its input alone. So the networks of a space are the ways through a
+# graph, and the best one within a budget is found by dynamic programming over its nodes.
+
+class Edge(NamedTuple):
+    """A way into a node of the graph: a choice of widths or of a depth."""
+
+    source: int     # an earlier node
+    macs: float
+    score: float    # log-probability of the choice
+    stage: int = 0  # of a block
+    widths: list = None  # of the convs of a block or of the stem; None of other choices
+
+def size_graph(space, log_p, log_q):
+    """The nodes of the graph, each a list of Edges. In order: the image; the stem, a node for each
+    width; each block, a node for each output width, and after the blocks of a stage its exit, in
+    the same way; last the classifier."""
+    cost = space.cost.tolist()
+    log_p, log_q = ([row.tolist() for row in rows] for rows in (log_p, log_q))
+    graph, block = [[]], 0
+    for k, width in enumerate(space.widths[0]):
+        graph.append([Edge(0, cost[0][0][k], log_p[0][k], 0, [width])])
+    inputs = range(1, len(graph))  # the nodes that the next block can follow, by width
+    for s, depths in enumerate(space.depths):
+        outputs = []  # such nodes after each block
+        for _ in space.full.stages[s]:
+            nodes = block_edges(space, cost, log_p, s, block, inputs)
+            inputs = range(len(graph), len(graph) + len(nodes))
+            outputs.append(inputs)
+            graph += nodes
+            block += 1
+        exits = []
+        for k in range(len(inputs)):
+            exits.append([Edge(outputs[d - 1][k], 0, log) for d, log in zip(depths, log_q[s])])
+        inputs = range(len(graph), len(graph) + len(exits))
+        graph += exits
+    return [*graph, [Edge(node, macs[0], 0) for node, macs in zip(inputs, cost[-1])]]
+
+def block_edges(space, cost, log_p, stage, block, inputs):
+    """The nodes of a block's output widths; inputs: those that it can follow."""
+    conv, layer = space.block_convs * block, (space.block_convs + 1) * block  # those before it
+    rows = space.widths[conv:conv + space.block_convs + 1]  # of its input and its convs
+    nodes = [[] for _ in rows[-1]]
+    for first, *index in itertools.product(*[range(len(row)) for row in rows]):
+        macs, score, c = cost[layer + space.block_convs + 1][first][index[-1]], 0, first  # shortcut
+        for i, k in enumerate(index, 1):
+            macs += cost[layer + i][c][k]
+            score += log_p[conv + i][k]
+            c = k
+        widths = [row[k] for row, k in zip(rows[1:], index)]
+        nodes[c].append(Edge(inputs[first], macs, score, stage, widths))
+    return nodes
+
+def best_scores(graph, cell, num_cells):
+    """[nodes, cells]: the score of the most probable way to each node, by the MACs that it spends:
+
+        best[v, m] = max over the edges e into v of best[source_e, m - macs_e] + score_e
+
+    with MACs in cells, those of an edge rounded to whole ones."""
+    best = torch.full((len(graph), num_cells), -math.inf, dtype=torch.float64)
+    best[0, 0] = 0
+    for node, edges in enumerate(graph):
+        for edge in edges:
+            spent = round(edge.macs / cell)
+            if spent < num_cells:
+                reached = best[edge.source, :num_cells - spent] + edge.score
+                torch.maximum(best[node, spent:], reached, out=best[node, spent:])
+    return best
+
+def best_way(graph, best, cell, m):
+    """The Edges of the most probable way to the last node that spends m cells, from its end."""
+    way, node = [], len(graph) - 1
+    while node > 0:
+        def score(edge):
+            before = m - round(edge.macs / cell)
+            return best[edge.source, before] + edge.score if before >= 0 else -math.inf
+
+        way.insert(0, max(graph[node], key=score))
+        m -= round(way[0].macs / cell)
+        node = way[0].source
+    return way
+
+def extreme_way(graph, extreme):
+    """The fewest or the most MACs, and a way that spends them; extreme: the function min or max.
+
+        total[v] = extreme over the edges e into v of total[source_e] + macs_e"""
+    ways = [(0, [])]  # to each node: its MACs and Edges
+    for edges in graph[1:]:
+        edge = extreme(edges, key=lambda edge: ways[edge.source][0] + edge.macs)
+        macs, way = ways[edge.source]
+        ways.append((macs + edge.macs, [*way, edge]))
+    return ways[-1]
+
+def shape_of_way(space, way):
+    """The Shape of a way from the image to the classifier."""
+    stem, *blocks = [edge for edge in way if edge.widths]
+    stages = [[] for _ in space.depths]
+    for edge in blocks:
+        stages[edge.stage].append(edge.widths)
+    return dataclasses.replace(space.full, stem=stem.widths[0], stages=stages)
 
 def extract(space, alpha, beta, target, tolerance=TOLERANCE):
     """The pruned network's Shape: the argmax one if its MACs lie in target (1 -+ tolerance), else
     one in that band such that no Shape in target (1 -+ tolerance/2) is more probable.
     alpha [convs, K], beta [stages, D]: logits, of which the convs of dropped blocks count with
     their most probable widths (so the argmax one is the most probable of all). TASError with the
-    smallest and largest possible MACs when no Shape is in the band."""
+    smallest and largest possible MACs when no Shape is in the band.
+
+    MACs are counted in cells so small that all roundings of a way together stay below a quarter of
+    the band's half-width, and only cells are looked at whose ways must lie in the band. Smaller
+    cells serve spaces with few Shapes."""
     log_p, log_q = log_rows(alpha, space.widths), log_rows(beta, space.depths)
     shape = space.shape([row.argmax() for row in log_p], [row.argmax() for row in log_q])
     if in_band(count_macs(shape), target, tolerance):
         return shape
-    log_p = [row - row.max() for row in log_p]  # convs of dropped blocks then count 0
-    return shape_in_band(space, log_p, log_q, target, tolerance, torch.maximum, torch.argmax)
+    graph = size_graph(space, log_p, log_q)
+    (fewest, smallest), (most, largest) = extreme_way(graph, min), extreme_way(graph, max)
+    full = count_macs(space.full)
+    message = (f"no shape has {target:,.0f} MACs within {tolerance:.1%}; possible are {fewest:,.0f}"
+               f" to {most:,.0f} ({fewest / full:.3f} to {most / full:.3f} of the unpruned network)"
+               "; choose another --flops")
+    require((1 - tolerance) * target <= most and fewest <= (1 + tolerance) * target, message)
+    links = 2 + sum(space.arch.depths)  # that cost MACs
+    for refinement in REFINEMENTS:
+        cell = tolerance * target / (2 * links * refinement)
+        num_cells = int((1 + tolerance) * target / cell) + 1
+        if num_cells * len(graph) > MOST_CELLS and refinement > 1:
+            break
+        best = best_scores(graph, cell, num_cells)
+        off = (torch.arange(num_cells) * cell - target).abs()
+        sure = off <= tolerance * target - links * cell / 2
+        score = best[-1].masked_fill(~sure, -math.inf)  # [cells] of whole networks
+        if score.max() > -math.inf:
+            return shape_of_way(space, best_way(graph, best, cell, int(score.argmax())))
+    for macs, way in ((fewest, smallest), (most, largest)):
+        if in_band(macs, target, tolerance):  # at the very edge of the band
+            return shape_of_way(space, way)
+    raise TASError(message)
 
 def draw_shape(space, target, tolerance=TOLERANCE):
-    """A random Shape: every size uniform among its candidates, given that the MACs are in the band
-    (ablation). Uses the global random state of torch."""
-    def draw(scores):
-        return torch.multinomial(scores.softmax(0), 1)[0]
-
-    log_p = log_rows(torch.zeros(len(space.widths), space.num_widths), space.widths)
-    log_q = log_rows(torch.zeros(len(space.depths), space.num_depths), space.depths)
-    return shape_in_band(space, log_p, log_q, target, tolerance, torch.logaddexp, draw)
+    """A random Shape in the band (ablation): with Gumbel noise for logits the most probable sizes
+    are uniform ones, and where their MACs miss the band, `extract` moves as few as it can."""
+    noise = [-torch.empty(len(rows), max(map(len, rows))).exponential_().log()
+             for rows in (space.widths, space.depths)]
+    return extract(space, *noise, target, tolerance)
 
 def scale_shape(space, target, tolerance=TOLERANCE, round_to=1):
     """All widths times one factor, depths kept, MACs nearest to the target (ablation)."""
@@ -689,155 +807,6 @@ def scale_shape(space, target, tolerance=TOLERANCE, round_to=1):
     require(in_band(macs, target, tolerance), f"no uniform width gives {target:,.0f} MACs within "
             f"{tolerance:.1%}; the nearest has {macs:,}: choose another --flops")
     return shape
-
-# A network is a chain: the stem, the blocks, the classifier. What a link of it costs depends on its
-# own widths and on the width of what it takes in, and on nothing else. So the best network within
-# a budget is found by dynamic programming over the chain.
-
-class Option(NamedTuple):
-    """One choice of the sizes in a link of the chain."""
-
-    stage: int      # of a block
-    source: int     # index of the width of its input
-    channels: list  # of its convs
-    macs: float
-    score: float    # log-probability of these widths
-
-class Link(NamedTuple):
-    """All choices in one link of the chain."""
-
-    options: list  # options[o]: the Options of output width o
-    before: list   # [(link, log-probability)] that this one can follow: the link before it or,
-    #                after a stage, the last block of each candidate depth
-
-def make_chain(space, log_p, log_q):
-    """The Links of a space, in order."""
-    cost, log_p = space.cost.tolist(), [row.tolist() for row in log_p]
-    stem = []
-    for o, width in enumerate(space.widths[0]):
-        stem.append([Option(0, 0, [width], cost[0][0][o], log_p[0][o])])
-    chain, before = [Link(stem, [])], [(0, 0.0)]
-    for s, blocks in enumerate(space.full.stages):
-        first = len(chain)
-        for _ in blocks:
-            chain.append(Link(block_options(space, cost, log_p, s, len(chain) - 1), before))
-            before = [(len(chain) - 1, 0.0)]
-        depths = zip(space.depths[s], log_q[s].tolist())
-        before = [(first + depth - 1, log) for depth, log in depths]
-    inputs = range(len(chain[-1].options))
-    classifier = [Option(s, source, [], cost[-1][source][0], 0.0) for source in inputs]
-    return [*chain, Link([classifier], before)]
-
-def block_options(space, cost, log_p, stage, block):
-    """The Options of a block, by output width."""
-    conv, layer = space.block_convs * block, (space.block_convs + 1) * block  # those before it
-    rows = space.widths[conv:conv + space.block_convs + 1]
-    options = [[] for _ in rows[-1]]
-    for source, *index in itertools.product(*[range(len(row)) for row in rows]):
-        macs, score, c = 0.0, 0.0, source
-        for i, k in enumerate(index, 1):
-            macs += cost[layer + i][c][k]
-            score += log_p[conv + i][k]
-            c = k
-        macs += cost[layer + space.block_convs + 1][source][c]  # the projection
-        channels = [row[k] for row, k in zip(rows[1:], index)]
-        options[c].append(Option(stage, source, channels, macs, score))
-    return options
-
-def forward_pass(chain, cell, num_cells, join):
-    """Scores of all ways through the chain, by the MACs m that they spend, in cells:
-
-        entering_i[a, m] = join over (j, log q) in before_i of leaving_j[a, m] + log q
-        leaving_i[o, m]  = join over the options x of output width o
-                           of entering_i[source_x, m - macs_x] + score_x
-
-    where macs_x is rounded to cells. join is torch.maximum for the best way, and torch.logaddexp
-    for the sum over all ways. Returns entering and leaving, each a list of [widths, cells]."""
-    entering, leaving = [], []
-    for link in chain:
-        state = torch.full((1, num_cells), -math.inf).double()
-        state[0, 0] = 0  # the image, at no cost
-        if link.before:
-            state = functools.reduce(join, [leaving[j] + log for j, log in link.before])
-        reached = torch.full((len(link.options), num_cells), -math.inf).double()
-        for o, options in enumerate(link.options):
-            for option in options:
-                spent = round(option.macs / cell)
-                if spent < num_cells:
-                    old = reached[o, spent:]
-                    join(old, state[option.source, :num_cells - spent] + option.score, out=old)
-        entering.append(state)
-        leaving.append(reached)
-    return entering, leaving
-
-def way_back(chain, cell, m, entering, leaving, pick):
-    """A way that spends m cells, from the classifier back to the stem: its Options, the stem's
-    first. pick chooses among all ways to a state by their scores."""
-    way, i, o = [], len(chain) - 1, 0
-    while i > 0:  # until the stem, which has one way to each of its widths
-        options, before = chain[i].options[o], chain[i].before
-        source = torch.tensor([option.source for option in options])
-        score = torch.tensor([option.score for option in options], dtype=torch.float64)
-        left = m - torch.tensor([round(option.macs / cell) for option in options])
-        score = (entering[i][source, left.clamp(min=0)] + score).masked_fill(left < 0, -math.inf)
-        chosen = int(pick(score))
-        way.insert(0, options[chosen])
-        m, o, choice = int(left[chosen]), options[chosen].source, 0
-        if len(before) > 1:
-            choice = int(pick(torch.stack([leaving[j][o, m] + log for j, log in before])))
-        i = before[choice][0]
-    return [chain[0].options[o][0], *way]
-
-def extreme_way(chain, extreme):
-    """The fewest or the most MACs, and a way that spends them; extreme: the function min or max.
-
-        total_i[o] = extreme over j in before_i and the options x of output width o
-                     of total_j[source_x] + macs_x"""
-    totals = []  # of each link and output width: (MACs, way)
-    for link in chain:
-        inputs = [(0.0, [])]
-        if link.before:
-            inputs = [extreme(ways) for ways in zip(*[totals[j] for j, _ in link.before])]
-        totals.append([])
-        for options in link.options:
-            best = extreme(options, key=lambda option: inputs[option.source][0] + option.macs)
-            macs, way = inputs[best.source]
-            totals[-1].append((macs + best.macs, [*way, best]))
-    return totals[-1][0]
-
-def shape_of_way(space, way):
-    """The Shape of Options from the stem's to the classifier's."""
-    stages = [[] for _ in space.depths]
-    for option in way[1:-1]:
-        stages[option.stage].append(option.channels)
-    return dataclasses.replace(space.full, stem=way[0].channels[0], stages=stages)
-
-def shape_in_band(space, log_p, log_q, target, tolerance, join, pick):
-    """The most probable Shape in the band, or a drawn one. MACs are rounded to cells so small that
-    all roundings of a way together stay below a quarter of the band's half-width, and only cells
-    are looked at whose ways must lie in the band. Smaller cells serve spaces with few Shapes."""
-    chain = make_chain(space, log_p, log_q)
-    (fewest, way_of_fewest), (most, way_of_most) = extreme_way(chain, min), extreme_way(chain, max)
-    if fewest <= (1 + tolerance) * target and most >= (1 - tolerance) * target:
-        for refinement in REFINEMENTS:
-            cell = tolerance * target / (2 * len(chain) * refinement)
-            num_cells = int((1 + tolerance) * target / cell) + 1
-            if refinement > 1 and num_cells > MOST_CELLS:
-                break
-            entering, leaving = forward_pass(chain, cell, num_cells, join)
-            off = (torch.arange(num_cells) * cell - target).abs()
-            sure = off <= tolerance * target - len(chain) * cell / 2
-            score = leaving[-1][0].masked_fill(~sure, -math.inf)  # [cells] of whole networks
-            if score.max() > -math.inf:
-                way = way_back(chain, cell, int(pick(score)), entering, leaving, pick)
-                return shape_of_way(space, way)
-        for macs, way in ((fewest, way_of_fewest), (most, way_of_most)):
-            if in_band(macs, target, tolerance):  # at the very edge of the band
-                return shape_of_way(space, way)
-    full = count_macs(space.full)
-    raise TASError(f"no shape has {target:,.0f} MACs within {tolerance:.1%}; possible are "
-                   f"{fewest:,.0f} to {most:,.0f} ({fewest / full:.3f} to {most / full:.3f} of the "
-                   "unpruned network); choose another --flops")
 
 # ---- Knowledge transfer -------------------------------------------------------------------------
 
@@ -888,14 +857,8 @@ def fingerprint(data):
     and sizes of files in the place of pixels."""
     check = zlib.crc32(repr(data.classes).encode())
     for split in (data.train, data.test):
-        content = repr(split.labels.tolist()).encode()
-        if isinstance(split, SmallImages):
-            content += split.pixels.cpu().numpy().tobytes()
-        else:
-            for path, _ in split.folder.samples:
-                name = os.path.relpath(path, split.folder.root)
-                content += f"{name!r} {os.path.getsize(path)}".encode()
-        check = zlib.crc32(content, check)
+        check = zlib.crc32(repr(split.labels.tolist()).encode(), check)
+        check = zlib.crc32(split.content(), check)
     return f"{check:08x}"
 
 @functools.cache
@@ -914,6 +877,16 @@ def split_batches(order, batch_size, train):
     end = len(order) - (batch_size - 1 if train else 0)
     return [order[start:start + batch_size] for start in range(0, end, batch_size)]
 
+def class_by_class(labels, seed):
+    """Indices of all images, those of a class together and shuffled."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    return order[labels.cpu()[order].argsort(stable=True)]
+
+def split_halves(labels, seed):
+    """Two class-balanced halves of the training set, as index tensors (paper: 50/50 split)."""
+    order = class_by_class(labels, seed)
+    return order[0::2], order[1::2]
+
 class SmallImages:
     """A split of small images, in memory on the device: uint8 [N, H, W, 3], labels [N]. A batch,
     its random crops (zero-padding) and flips are one gather."""
@@ -922,6 +895,10 @@ class SmallImages:
         self.size, self.labels = images.shape[1], labels.to(device)
         pixels = F.pad(images.reshape(-1, 3), (0, 0, 0, 1))  # a black one, for what lies outside
         self.pixels = pixels.to(device)  # [N*H*W + 1, 3]
+
+    def content(self):
+        """Bytes that tell the images from others."""
+        return self.pixels.cpu().numpy().tobytes()
 
     def batches(self, order, batch_size, train, rank=0, world=1):
         """Normalised images [B, 3, H, W] and labels [B] in the given order of indices. `train`
@@ -951,6 +928,11 @@ def test_transform(size):
     resized = int(size * RESIZE) if size > LARGEST_IN_MEMORY else size
     return v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
 
+def preprocess(image, size):
+    """A PIL image, resized and cropped as a test image, as the input [1, 3, size, size] of a network
+    for images of that size."""
+    return normalize(test_transform(size)(image.convert("RGB"))[None])
+
 class LargeImages(torch.utils.data.Dataset):
     """A split of image files, decoded and augmented by worker processes, normalised on the device;
     the same interface as SmallImages. An item is (index, seed of its augmentation or None), so that
@@ -963,6 +945,12 @@ class LargeImages(torch.utils.data.Dataset):
         self.augment = v2.Compose([
             v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
             v2.ColorJitter(COLOUR_JITTER, COLOUR_JITTER, COLOUR_JITTER), v2.PILToTensor()])
+
+    def content(self):
+        """Bytes that tell the images from others."""
+        files = [path for path, _ in self.folder.samples]
+        names = [(os.path.relpath(f, self.folder.root), os.path.getsize(f)) for f in files]
+        return repr(names).encode()
 
     def __getitem__(self, item):
         index, seed = item
@@ -1020,22 +1008,43 @@ def read_image(path):
                 raise ValueError(f"it has mode {image.mode}, not 8 bits per channel")
             return image.convert("RGB")
 
-def open_folders(root):
-    """torchvision's ImageFolders root/train and root/test or, without test, root/val."""
+def open_folder(root):
+    """torchvision's ImageFolder of a split."""
     from torchvision.datasets import ImageFolder
-    root, folders = Path(root), []
-    for part in (root / "train", root / "test" if (root / "test").is_dir() else root / "val"):
-        for link in part.glob("*/**/*"):
-            require(not link.is_symlink() or not link.is_dir(),
-                    f"{link} is a link to a folder, whose images might count twice; remove it")
-        with errors_as(f"{part}: {{}}. Put the images into {root}/train/CLASS/ and "
-                       f"{root}/val/CLASS/", OSError):  # no folder, or a class without images
-            folders.append(ImageFolder(part, loader=read_image))
-    odd = set(folders[0].classes) ^ set(folders[1].classes)
+    for link in root.glob("*/**/*"):
+        require(not link.is_symlink() or not link.is_dir(),
+                f"{link} is a link to a folder, whose images might count twice; remove it")
+    with errors_as(f"{root}: {{}}. Put the images into {root.parent}/train/CLASS/ and "
+                   f"{root.parent}/val/CLASS/", OSError):  # no folder, or a class without images
+        return ImageFolder(root, loader=read_image)
+
+def split_folder(folder, fraction):
+    """An ImageFolder in two, the second with this fraction of every class; always the same ones."""
+    order = class_by_class(torch.tensor(folder.targets), 0)
+    count = (torch.arange(len(order) + 1) * fraction).long()  # of the second, up to each image
+    second = count[1:] > count[:-1]
+    parts = []
+    for mask in (~second, second):
+        part = copy.copy(folder)
+        part.samples = [folder.samples[i] for i in order[mask].tolist()]
+        part.targets = [label for _, label in part.samples]
+        parts.append(part)
+    return parts
+
+def open_folders(root, val_fraction):
+    """The ImageFolders root/train and root/test or, without test, root/val; without either, parts
+    of root/train."""
+    train = open_folder(root / "train")
+    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
+    require(tests or val_fraction, f"{root} has neither test/ nor val/; make one, or let "
+            "--val-fraction 0.1 keep a tenth of each class of train/ for testing")
+    require(not tests or not val_fraction, f"--val-fraction: {root} has test images")
+    train, test = (train, open_folder(tests[0])) if tests else split_folder(train, val_fraction)
+    odd = set(train.classes) ^ set(test.classes)
     why = f"only one has: {', '.join(sorted(odd))[:80]}" if odd else "there is one class only"
-    require(not odd and len(folders[0].classes) > 1, f"{folders[0].root} and {folders[1].root} "
-            f"must have the same class folders, two or more; {why}")
-    return folders
+    require(not odd and len(train.classes) > 1, f"{train.root} and {test.root} must have the same "
+            f"class folders, two or more; {why}")
+    return train, test
 
 def read_all(folder, size, workers):
     """All images of a folder, resized: uint8 [N, size, size, 3], and their labels [N]."""
@@ -1046,10 +1055,10 @@ def read_all(folder, size, workers):
     return images.permute(0, 2, 3, 1), labels
 
 @functools.lru_cache(maxsize=1)
-def load_data(name, root, image_size, device, workers):
+def load_data(name, root, image_size, device, workers, val_fraction=0.0):
     """The Data of --data; raises TASError for what is missing, empty, unreadable, inconsistent."""
     if name in ("imagenet", "folder"):
-        folders = open_folders(root)
+        folders = open_folders(Path(root), val_fraction)
         classes = folders[0].classes
         if image_size > LARGEST_IN_MEMORY:
             return Data(*[LargeImages(f, image_size, device, workers) for f in folders], classes)
@@ -1063,12 +1072,6 @@ def load_data(name, root, image_size, device, workers):
     else:
         splits, classes = load_cifar(name, root)
     return Data(*[SmallImages(images, labels, device) for images, labels in splits], classes)
-
-def split_halves(labels, seed):
-    """Two class-balanced halves of the training set, as index tensors (paper: 50/50 split)."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = order[labels.cpu()[order].argsort(stable=True)]  # class by class, each shuffled
-    return order[0::2], order[1::2]
 
 # ---- Training and search ------------------------------------------------------------------------
 
@@ -1090,22 +1093,10 @@ def average_over_processes(tensors, world):
             t.copy_(mean.view(t.shape))
 
 def maybe_compile(loss_function, args):
-    """torch.compile, as one graph of fixed shapes, with --compile on; where that fails, one warning
-    and the function as it is."""
+    """With --compile on, torch.compile as one graph of fixed shapes."""
     if args.compile == "off":
         return loss_function
-    current = torch.compile(loss_function, fullgraph=True, dynamic=False)
-
-    def with_fallback(*inputs):
-        nonlocal current
-        try:
-            return current(*inputs)
-        except (torch._dynamo.exc.TorchDynamoException,
-                torch._inductor.exc.InductorError) as error:
-            print(f"warning: not compiled: {str(error).splitlines()[0][:100]}", file=sys.stderr)
-            current = loss_function
-            return current(*inputs)
-    return with_fallback
+    return torch.compile(loss_function, fullgraph=True, dynamic=False)
 
 def sgd(weights, args):
     """The optimiser of all weights."""
@@ -1136,7 +1127,7 @@ def training_loss(args, net, teacher, x, y):
     return loss, loss, logits
 
 def search_loss(args, net, tau, x, y):
-    """The same of a network of sampled sizes."""
+    """The same three of a network of sampled sizes, without a teacher."""
     sample = sample_sizes(net.alpha, net.beta, tau, args.num_samples, args.sampler == "gumbel")
     with autocast(args):
         logits = net(x, sample).float()
@@ -1144,7 +1135,7 @@ def search_loss(args, net, tau, x, y):
     return loss, loss, logits
 
 def architecture_loss(args, net, tau, target, x, y):
-    """The same with the cost loss, which is not reported."""
+    """Those of search_loss, with the cost loss in what is minimised."""
     loss, _, logits = search_loss(args, net, tau, x, y)
     p, q = net.probabilities()
     expected, actual = expected_macs(net.space, p, q), argmax_macs(net.space, p, q)
@@ -1175,6 +1166,17 @@ def mean_of_steps(run, epoch, steps):
                 f"{step + 1}, with --lr {run.args.lr:g}; lower --lr (and choose another --out); "
                 "the last checkpoint, if there is one, is kept")
     return values.mean(0).tolist()
+
+def resources(args, optimizer, images, start):
+    """Metrics of an epoch that began at `start`: learning rate at its end, speed, and the highest
+    memory so far in MB, of the GPU or of the process."""
+    import resource
+    seconds = time.perf_counter() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    if args.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 1e6
+    return {"lr": optimizer.param_groups[0]["lr"], "images_per_second": round(images / seconds, 1),
+            "memory_mb": round(memory, 1), "seconds": round(seconds, 2)}
 
 def shuffled_batches(split, indices, args):
     """Augmented batches of these images of a split, in a new order."""
@@ -1211,35 +1213,6 @@ def pad_channels(net):
             setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
     return net
 
-class Progress:
-    """One bar on a terminal, else a line an epoch; silent with --quiet and in other processes."""
-
-    def __init__(self, run, step, steps):
-        from tqdm import tqdm
-        self.run, self.sizes, self.launcher = run, "", os.getppid()
-        self.silent = run.args.rank > 0 or run.args.quiet
-        self.bar = tqdm(total=steps, initial=step, desc=run.path.name, unit="step",
-                        dynamic_ncols=True, disable=True if self.silent else None)
-
-    def step(self, seen):
-        """After a step; `seen` is what those of this epoch gave."""
-        require(self.run.args.world == 1 or os.getppid() == self.launcher,
-                "the launcher of this process is gone")
-        if not self.bar.disable and len(seen) % BAR_STEPS == 1:
-            loss, accuracy = torch.stack(seen).mean(0).tolist()
-            self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f}%{self.sizes}")
-        self.bar.update()
-
-    def epoch(self, line):
-        """After an epoch with this line of metrics."""
-        if "argmax_macs" in line:
-            ratio = line["argmax_macs"] / self.run.settings["target"]
-            self.sizes = f", MACs {ratio:.1%} of the target"
-        if self.bar.disable and not self.silent:
-            values = [f"{name} {value:.4g}" for name, value in line.items() if name != "epoch"]
-            print(f"{self.run.path.name} {line['epoch']}/{self.run.args.epochs}: "
-                  + ", ".join(values), flush=True)
-
 def train(run, data, net, teacher=None):
     """Train any network, unpruned or pruned, on all training images. Returns the metrics."""
     args = run.args
@@ -1254,16 +1227,14 @@ def train(run, data, net, teacher=None):
     loss = maybe_compile(training_loss, args)
     state = {"net": net, "optimizer": optimizer}
     metrics = run.resume(state)
-    progress = Progress(run, len(metrics) * steps, total)
 
     for epoch in range(len(metrics), args.epochs):
         start, seen = time.perf_counter(), []
         net.train()
         batches = shuffled_batches(data.train, everything, args)
-        for i, batch in zip(range(epoch * steps, (epoch + 1) * steps), batches):
+        for i, batch in run.steps(epoch, steps, batches, seen):
             set_learning_rate(optimizer, i, total, warmup, args.lr)
             seen.append(take_step(args, net, optimizer, loss, teacher, *batch))
-            progress.step(seen)
         average_over_processes([b for b in net.buffers() if b.is_floating_point()], args.world)
         train_loss, train_accuracy = mean_of_steps(run, epoch, seen)
         top1, top5 = evaluate(net, data.test, args)
@@ -1271,9 +1242,8 @@ def train(run, data, net, teacher=None):
         metrics.append({
             "epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy,
             "test_accuracy": top1, **top5,
-            "seconds": round(time.perf_counter() - start, 2)})
+            **resources(args, optimizer, steps * args.batch_size, start)})
         run.save(state, metrics)
-        progress.epoch(metrics[-1])
     return metrics
 
 def search(run, data, space, target):
@@ -1294,7 +1264,6 @@ def search(run, data, space, target):
     state = {"net": net, "optimizer": optimizer, "arch_optimizer": arch_optimizer}
     metrics = run.resume(state)
     device_tau = torch.zeros((), device=args.device)  # where the steps read it
-    progress = Progress(run, len(metrics) * steps, total)
 
     for epoch in range(len(metrics), args.epochs):
         start, weight_seen, arch_seen = time.perf_counter(), [], []
@@ -1302,20 +1271,18 @@ def search(run, data, space, target):
         device_tau.fill_(tau)
         net.train()
         batches = [shuffled_batches(data.train, half, args) for half in halves]
-        for i, batch, arch_batch in zip(range(epoch * steps, (epoch + 1) * steps), *batches):
+        for i, (batch, arch_batch) in run.steps(epoch, steps, zip(*batches), arch_seen):
             set_learning_rate(optimizer, i, total, 0, args.lr)
             weight_seen.append(take_step(args, net, optimizer, weight_loss, device_tau, *batch))
             arch_seen.append(
                 take_step(args, net, arch_optimizer, arch_loss, device_tau, target, *arch_batch))
-            progress.step(arch_seen)
         train_loss, train_accuracy = mean_of_steps(run, epoch, weight_seen)
         val_loss, val_accuracy = mean_of_steps(run, epoch, arch_seen)
         metrics.append({
             "epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy,
             "val_loss": val_loss, "val_accuracy": val_accuracy, "tau": tau,
-            **measure_sizes(net), "seconds": round(time.perf_counter() - start, 2)})
+            **measure_sizes(net), **resources(args, optimizer, 2 * steps * args.batch_size, start)})
         run.save(state, metrics)
-        progress.epoch(metrics[-1])
     return extract(space, net.alpha, net.beta, target, args.tolerance), metrics
 
 @torch.no_grad()
@@ -1380,13 +1347,12 @@ def load_tensors(path):
                 raise ValueError
         return {**torch.load(path, map_location="cpu", weights_only=True)}
 
+# The arguments that decide the result: of every run, of a training, of a search.
 SETTINGS = ("command", "data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
-            "precision")  # the arguments that decide the result of any run
-
-OLDER_SETTINGS = {  # what older runs, which do not record it, had
-    "cost_weight": COST_WEIGHT, "tau_start": TAU_START, "tau_end": TAU_END, "kd_weight": KD_WEIGHT,
-    "kd_temperature": KD_TEMPERATURE, "world": 1}
-NOT_RECORDED = ("fingerprint", "teacher_buffers")  # by older runs: nothing to compare with
+            "precision", "world")
+TRAIN_SETTINGS = "transfer", "kd_weight", "kd_temperature"
+SEARCH_SETTINGS = ("arch", "search", "method", "num_samples", "sampler", "align", "round",
+                   "tolerance", "arch_lr", "cost_weight", "tau_start", "tau_end")
 
 def require_new(path):
     """TASError unless a run may begin in this directory."""
@@ -1416,12 +1382,12 @@ class Run:
     the result), metrics.jsonl (a line an epoch) and last.ckpt (the state after the last finished
     epoch). The settings are what determines the result; one with other settings is refused."""
 
-    def __init__(self, args, data, step, **settings):
+    def __init__(self, args, data, step, names, **settings):
         self.path, self.args = Path(args.out or base_directory(args) / step), args
-        self.settings = {name: getattr(args, name) for name in SETTINGS} | settings
-        self.settings["images"] = (f"{len(data.train.labels)} + {len(data.test.labels)} images, "
-                                   f"{len(data.classes)} classes")
-        self.settings |= {"fingerprint": fingerprint(data), "world": args.world}
+        self.settings = {name: getattr(args, name) for name in (*SETTINGS, *names)} | settings | {
+            "fingerprint": fingerprint(data),
+            "images": f"{len(data.train.labels)} + {len(data.test.labels)} images, "
+                      f"{len(data.classes)} classes"}
         self.info = {
             "command": args.line, "settings": self.settings, "machine": machine(args.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -1429,16 +1395,17 @@ class Run:
         if (self.path / "run.json").exists():
             self.info = read_json(self.path / "run.json")
             self.compare("run.json", self.info.get("settings"))
-            self.info.setdefault("precision", native_precision(args))
             result = {"macs": 0} if self.result is None else self.result
             right = isinstance(result, dict) and type(result.get("macs")) is int \
                 and type(result.get("accuracy", 0.0)) is float \
-                and self.info["precision"] in ("fp32", "bf16")
+                and self.info.get("precision") in ("fp32", "bf16")
             require(right, f"{self.path / 'run.json'} is damaged; choose another --out")
         elif not args.rank:
             require_new(self.path)
             self.update()
         args.precision = self.info["precision"]
+        self.bar, self.last, self.launcher = None, "", os.getppid()
+        self.silent = args.quiet or args.rank > 0
         if args.world > 1:  # nobody writes a result before all have looked for one
             torch.distributed.barrier()
 
@@ -1452,12 +1419,12 @@ class Run:
         require(isinstance(old, dict), f"{self.path / name} has no settings; choose another --out")
         odd = []
         for key in sorted({*old, *self.settings}):
-            now = self.settings.get(key)
-            before = old.get(key, now if key in NOT_RECORDED else OLDER_SETTINGS.get(key))
+            before, now = (d.get(key, "not recorded") for d in (old, self.settings))
             if before != now:
                 odd.append(f"{key} was {str(before)[:60]}, now {str(now)[:60]}")
+        kept = "; prune keeps its teacher with --teacher DIR" if "target" in old else ""
         require(not odd, f"{self.path / name} has other settings ({'; '.join(odd)}); choose "
-                "another --out, or the old settings")
+                f"another --out, or the old settings{kept}")
 
     def update(self, **entries):
         """Add entries to run.json."""
@@ -1486,8 +1453,25 @@ class Run:
                 torch.cuda.set_rng_state(state["cuda_rng"])
             return [dict(line) for line in state["metrics"]]
 
+    def steps(self, epoch, count, batches, seen):
+        """Pairs (number of the step in the whole run, batch) of an epoch of `count` steps; shows
+        them as a bar on a terminal, with what the last one put into `seen`."""
+        from tqdm import tqdm
+        disable = True if self.silent else None  # None: without a terminal
+        self.bar = self.bar or tqdm(total=count * self.args.epochs, initial=count * epoch,
+                                    unit="step", dynamic_ncols=True, disable=disable)
+        self.bar.set_description(f"{self.path.name}, epoch {epoch + 1} of {self.args.epochs}")
+        for i, batch in zip(range(count * epoch, count * (epoch + 1)), batches):
+            require(self.args.world == 1 or os.getppid() == self.launcher,
+                    "the launcher of this process is gone")
+            yield i, batch
+            if not self.bar.disable and len(seen) % BAR_STEPS == 1:
+                loss, accuracy = seen[-1].tolist()  # waits for the device
+                self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f}%{self.last}")
+            self.bar.update()
+
     def save(self, parts, metrics):
-        """Write metrics.jsonl and last.ckpt."""
+        """Write metrics.jsonl and last.ckpt; show the last epoch."""
         if not self.args.rank:
             lines = "".join(json.dumps(line) + "\n" for line in metrics)
             write_file(self.path / "metrics.jsonl", lines.encode())
@@ -1495,6 +1479,16 @@ class Run:
                 "settings": self.settings, "metrics": metrics, "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state() if self.args.device.type == "cuda" else [],
                 "parts": {name: part.state_dict() for name, part in parts.items()}})
+        line = metrics[-1]
+        if "test_accuracy" in line:
+            self.last = f", test accuracy {line['test_accuracy']:.1f}%"
+        else:
+            ratio = line["argmax_macs"] / self.settings["target"]
+            self.last = f", MACs {ratio:.1%} of the target"
+        if self.bar.disable and not self.silent:
+            values = [f"{name} {value:.5g}" for name, value in line.items() if name != "epoch"]
+            print(f"{self.path.name} {line['epoch']}/{self.args.epochs}:", ", ".join(values),
+                  flush=True)
 
     def finish(self, final, metrics, **result):
         """Write the final Shape and the result."""
@@ -1524,17 +1518,14 @@ def require_same_form(part, saved):
             raise ValueError(f"{tuple(b.shape)} {b.dtype} for {tuple(a.shape)} {a.dtype}")
 
 def processor():
-    """Linux's account of the processor; empty elsewhere."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/cpuinfo").read_text()
-    return ""
+    """What torch knows of the processor: its name, and which instructions it has."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 def machine(device):
     """Name of the GPU, or of the processor and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = processor().partition("model name\t: ")[2].partition("\n")[0] or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{processor().get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
 
 def native_precision(args):
     """--precision; of auto, bf16 where the device computes it natively, else fp32."""
@@ -1543,20 +1534,8 @@ def native_precision(args):
     if args.device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = " avx512_bf16" in processor() or " amx_bf16" in processor()
+        native = processor().get("avx512_bf16") or processor().get("amx_bf16")
     return "bf16" if native else "fp32"
-
-def load(path, trained=False):
-    """The network, in eval mode, of a run directory of `train` with its weights or, unless it must
-    be `trained`, a new one of a shape file."""
-    weights, trained = Path(path, "weights.pt"), trained or os.path.isdir(path)
-    require(weights.exists() or not trained,
-            f"{path} has no weights.pt; give the directory of a finished `train`")
-    net = ResNet(Shape.load(path)).eval()
-    if trained:
-        with errors_as(f"{weights} does not fit the shape.json beside it"):
-            net.load_state_dict(load_tensors(weights))
-    return net
 
 def read_info(path):
     """run.json of a run directory or of the one that a file is in, {} when there is none."""
@@ -1569,45 +1548,17 @@ def read_result(path):
     result = read_info(path).get("result")
     return result if isinstance(result, dict) else {}
 
-def require_equal(path, shape, other, whose, *names):
-    """TASError unless two Shapes agree in these fields."""
-    for name in names:
-        a, b = getattr(shape, name), getattr(other, name)
-        require(a == b, f"{path} has {name} {a}, {whose} {b}; choose another one")
-
-def torchvision_weights(arch):
-    """torchvision's IMAGENET1K_V1 weights of an arch, the paper's teachers: downloaded, or the file
-    of an earlier download, whose hash is a part of its name; nothing in it is executed."""
-    from torchvision.models import get_model_weights
-    with errors_as(f"--teacher torchvision: no {arch} to be had ({{}}); train a teacher"):
-        url = get_model_weights(arch)["IMAGENET1K_V1"].url
-        file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-        wanted = file.stem.rsplit("-", 1)[1]
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(file), wanted, progress=False)
-        if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(wanted):
-            raise ValueError(f"{file} is damaged; delete it")
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-def load_teacher(path, shape):
-    """The trained unpruned network that is to guide `shape`, and checksums of its parameters and
-    buffers that name it."""
-    if path == "torchvision":
-        weights = torchvision_weights(shape.arch)
-        net = ResNet(Shape.unpruned(shape.arch, len(weights["fc.bias"]), shape.image_size))
-        net.load_state_dict(weights)
-    else:
-        net = load(path, trained=True)
-        require(net.shape == net.shape.full,
-                f"--teacher {path} is a pruned network; give the unpruned one")
-    require_equal(f"--teacher {path}", net.shape, shape, "the network to train",
-                  "arch", "num_classes")
-    checksums = []
-    for tensors in (net.parameters(), [b for b in net.buffers() if b.is_floating_point()]):
-        flat = nn.utils.parameters_to_vector(tensors).detach()
-        checksums.append(zlib.crc32(flat.numpy().tobytes()))
-    return net, checksums
+def load(path, trained=False):
+    """The network, in eval mode, of a run directory of `train` with its weights or, unless it must
+    be `trained`, a new one of a shape file."""
+    weights, trained = Path(path, "weights.pt"), trained or os.path.isdir(path)
+    require(weights.exists() or not trained,
+            f"{path} has no weights.pt; give the directory of a finished `train`")
+    net = ResNet(Shape.load(path)).eval()
+    if trained:
+        with errors_as(f"{weights} does not fit the shape.json beside it"):
+            net.load_state_dict(load_tensors(weights))
+    return net
 
 # ---- Commands -----------------------------------------------------------------------------------
 
@@ -1646,28 +1597,33 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 25)
         ctypes.CDLL(None).mallopt(trim_threshold, 2 ** 31 - 1)
 
-def open_data(args, arch, epochs, halves=1):
-    """The Data of a command, after setup. Defaults that depend on the images are filled into args:
-    `epochs` those of small ones. A batch must fit into the training images, or into a half."""
+def open_data(args, epochs, halves=1):
+    """The Data of a command for args.arch, after setup. Defaults that depend on the images are
+    filled into args: `epochs` those of small ones. A batch must fit into the training images, or
+    into a half."""
     setup(args)
     if args.image_size is None:
-        small = ARCHS[arch].small if args.data == "folder" else args.data != "imagenet"
+        small = ARCHS[args.arch].small if args.data == "folder" else args.data != "imagenet"
         args.image_size = CIFAR_SIZE if small else IMAGENET_SIZE
     if args.rank:  # the first process downloads what is missing
         torch.distributed.barrier()
-    data = load_data(args.data, args.data_dir, args.image_size, args.device, args.workers)
+    data = load_data(args.data, args.data_dir, args.image_size, args.device, args.workers,
+                     args.val_fraction)
     if args.world > 1 and not args.rank:
         torch.distributed.barrier()
     large = args.image_size > LARGEST_IN_MEMORY
+    if not large and not ARCHS[args.arch].small and not args.rank:
+        print(f"warning: {args.arch} is made for images above {LARGEST_IN_MEMORY} pixels; resnet56 "
+              f"suits {args.image_size} better", file=sys.stderr)
     args.epochs = args.epochs or (LARGE_EPOCHS if large else epochs)
     if args.weight_decay is None:
         args.weight_decay = LARGE_WEIGHT_DECAY if large else WEIGHT_DECAY
-    require(args.command == "eval" or args.batch_size > args.world, f"--batch-size "
-            f"{args.batch_size} for {args.world} processes: each needs 2 images to normalise")
-    images = len(data.train.labels) // halves
-    require(args.command == "eval" or args.batch_size <= images,
-            f"--batch-size {args.batch_size} is larger than the {images} training images"
-            f"{' of a half of the search' if halves > 1 else ''}")
+    if args.command != "eval":
+        require(args.batch_size > args.world, f"--batch-size {args.batch_size} for {args.world} "
+                "processes: each needs 2 images to normalise")
+        images = len(data.train.labels) // halves
+        require(args.batch_size <= images, f"--batch-size {args.batch_size} is larger than the "
+                f"{images} training images{' of a half of the search' if halves > 1 else ''}")
     return data
 
 def base_directory(args):
@@ -1699,36 +1655,82 @@ def print_result(args, text, following):
     if not args.rank:
         data = f"--data {args.data} --data-dir {args.data_dir} --image-size {args.image_size}"
         following = following.replace("DATA", data)
-        print(text if args.more_follows else f"{text}\nnext: python {following}", flush=True)
+        text = text if args.more_follows else f"{text}\nnext: python {following}"
+        print(*map(printable, text.split("\n")), sep="\n", flush=True)
+
+def require_equal(path, shape, other, whose, *names):
+    """TASError unless two Shapes agree in these fields."""
+    for name in names:
+        a, b = getattr(shape, name), getattr(other, name)
+        require(a == b, f"{path} has {name} {a}, {whose} {b}; choose another one")
+
+def read_shape(args):
+    """The Shape of --shape or --init, which settles --arch and --image-size."""
+    path = args.shape or args.init
+    shape = Shape.load(path)
+    found = read_result(path).get("shape")
+    require(found in (None, dataclasses.asdict(shape)), f"{path} is not the shape that the search "
+            "beside it found; restore it, or move it elsewhere")
+    require(args.arch in (None, shape.arch),
+            f"{path} is a shape of {shape.arch}, not of {args.arch}")
+    args.arch, args.image_size = shape.arch, args.image_size or shape.image_size
+    return shape
+
+def load_teacher(args, shape):
+    """The trained unpruned network of --teacher, which is to guide `shape`."""
+    net = load(args.teacher, trained=True)
+    require(net.shape == net.shape.full,
+            f"--teacher {args.teacher} is a pruned network; give the unpruned one")
+    require_equal(f"--teacher {args.teacher}", net.shape, shape, "the network to train",
+                  "arch", "num_classes")
+    return net
+
+def measure_teacher(args, data, teacher):
+    """Its accuracy in % on the test images, which is printed, with a warning near chance."""
+    accuracy, _ = evaluate(to_device(teacher, args), data.test, args)
+    if not args.rank:
+        print(printable(f"teacher {args.teacher}: accuracy {accuracy:.2f}% on "
+                        f"{len(data.test.labels):,} images"), flush=True)
+        chance = 100 / len(data.classes)
+        if accuracy < chance + (100 - chance) / 10:
+            print("warning: the teacher is near chance; was it trained on these classes, in this "
+                  "order, with these shortcuts?", file=sys.stderr)
+    return accuracy
+
+def checksum(net):
+    """Of a network's parameters and buffers, to tell it from others; None of no network."""
+    check = 0 if net else None
+    for tensor in net.state_dict().values() if net else ():
+        check = zlib.crc32(tensor.numpy().tobytes(), check)
+    return check
 
 def command_train(args):
     """Train the unpruned network of --arch, or the pruned one of --shape."""
-    shape = Shape.load(args.shape) if args.shape else None
-    if shape:
-        found = read_result(args.shape).get("shape")
-        require(found in (None, dataclasses.asdict(shape)),
-                f"{args.shape} is not the shape that the search beside it found; restore it, or "
-                "move it elsewhere")
-        require(args.arch in (None, shape.arch),
-                f"{args.shape} is a shape of {shape.arch}, not of {args.arch}")
-        args.arch, args.image_size = shape.arch, args.image_size or shape.image_size
+    require(not args.init or not args.shape, "--init has a shape of its own; leave --shape out")
+    shape = read_shape(args) if args.shape or args.init else None
     require(args.arch, "train needs --arch, such as resnet56, or --shape with a shape.json")
     args.transfer = args.transfer or ("kd" if args.teacher else "none")
     require(args.teacher or args.transfer == "none",
             f"--transfer {args.transfer} needs --teacher DIR, a trained {args.arch}")
-    data = open_data(args, args.arch, TRAIN_EPOCHS)
+    start = load(args.init, trained=True) if args.init else None
+    data = open_data(args, TRAIN_EPOCHS)
     full = Shape.unpruned(args.arch, len(data.classes), args.image_size)
+    if start:
+        shape = dataclasses.replace(shape, num_classes=full.num_classes, image_size=full.image_size)
     shape = shape or full
     require_equal(args.shape, shape, full, "the data", "num_classes", "image_size")
-    teacher, checksum = load_teacher(args.teacher, shape) if args.teacher else (
-        None, (None, None))
-    run = Run(args, data, "teacher" if shape == full else "pruned",
-              shape=dataclasses.asdict(shape), transfer=args.transfer, teacher=checksum[0],
-              teacher_buffers=checksum[1], kd_weight=args.kd_weight,
-              kd_temperature=args.kd_temperature)
+    teacher = load_teacher(args, shape) if args.teacher else None
+    run = Run(args, data, "teacher" if shape == full else "pruned", TRAIN_SETTINGS,
+              shape=dataclasses.asdict(shape), teacher=checksum(teacher), init=checksum(start))
     if run.result is None:
+        above = measure_teacher(args, data, teacher) if teacher else None
         torch.manual_seed(args.seed)
         net, transfer = ResNet(shape), TRANSFERS[args.transfer]
+        if start:  # a new classifier where there are other classes
+            weights = start.state_dict()
+            if start.shape.num_classes != shape.num_classes:
+                weights = {name: t for name, t in weights.items() if not name.startswith("fc.")}
+            net.load_state_dict(weights, strict=False)
         if transfer.prepare:
             transfer.prepare(net, teacher)
         metrics = train(run, data, net, teacher if transfer.loss else None)
@@ -1736,8 +1738,7 @@ def command_train(args):
             save_tensors(run.path / "weights.pt", inherit_weights(ResNet(shape), net).state_dict())
         run.finish(shape, metrics, accuracy=metrics[-1]["test_accuracy"],
                    top5=metrics[-1].get("test_top5"), classes=data.classes,
-                   search=read_info(args.shape).get("settings"),
-                   teacher_accuracy=read_result(args.teacher).get("accuracy"))
+                   search=read_info(args.shape).get("settings"), teacher_accuracy=above)
     print_result(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
                  f"{args.data}, {summary(shape)}",
                  f"tas.py search DATA --arch {args.arch} --flops {FLOPS}" if shape == full else
@@ -1748,7 +1749,7 @@ def plan_search(args):
     in the band, which is that of the methods that do not search."""
     require(args.method != "uniform" or args.search == "both",
             f"--method uniform keeps all depths; leave --search {args.search} out")
-    data = open_data(args, args.arch, SEARCH_EPOCHS, halves=2 if args.method == "tas" else 1)
+    data = open_data(args, SEARCH_EPOCHS, halves=2 if args.method == "tas" else 1)
     space = Space(args.arch, len(data.classes), args.image_size, args.search, args.round)
     target = parse_target(args.flops, count_macs(space.full))
     if args.method == "uniform":
@@ -1761,9 +1762,7 @@ def command_search(args):
     if args.arch_lr is None:
         steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
         args.arch_lr = min(MOST_ARCH_LR, ARCH_LR * max(1, ARCH_STEPS / max(1, steps)))
-    run = Run(args, data, "search", target=target, **{name: getattr(args, name) for name in (
-        "arch", "search", "method", "num_samples", "sampler", "align", "round", "tolerance",
-        "arch_lr", "cost_weight", "tau_start", "tau_end")})
+    run = Run(args, data, "search", SEARCH_SETTINGS, target=target)
     if run.result is None:
         metrics = []
         if args.method == "tas":
@@ -1778,32 +1777,47 @@ def command_search(args):
                  f"--teacher {teacher if teacher.exists() else 'DIR'}")
 
 def command_prune(args):
-    """Train the teacher, search the sizes, distil the pruned network; finished parts are kept."""
+    """Train the teacher, search the sizes, distil the pruned network; finished parts are kept.
+    Several targets, as --flops 0.5,0.3, share the teacher."""
     base, transfer = Path(args.out or base_directory(args)), args.transfer or "kd"
+    targets = args.flops.split(",")
+    require(not args.init or not args.teacher and transfer != "none",
+            "--init is where the teacher starts; leave --teacher and --transfer none out")
 
-    def part(command, name, **changes):
-        common = {"command": command, "out": base / name, "shape": None, "more_follows": True}
+    def part(command, name, epochs=None, **changes):
+        common = {"command": command, "out": base / name, "shape": None, "init": None,
+                  "epochs": epochs or args.epochs, "more_follows": True}
         return argparse.Namespace(**{**vars(args), **common, **changes})
 
-    for name in ("teacher", "search", "pruned"):  # all before hours of training
-        if not (base / name / "run.json").exists():
-            require_new(base / name)
-    _, space, *_ = plan_search(part("search", "search"))
+    def name(step, target):  # of a directory
+        return step if len(targets) == 1 else f"{step}-{target}"
+
+    def search_part(target):
+        return part("search", name("search", target), args.search_epochs, flops=target)
+
+    for target in targets:  # all that can go wrong, before hours of training
+        planned = search_part(target)
+        data, space, *_ = plan_search(planned)
+        for step in ("teacher", name("search", target), name("pruned", target)):
+            if not (base / step / "run.json").exists():
+                require_new(base / step)
     teacher = args.teacher
     if teacher:
-        load_teacher(teacher, space.full)
+        measure_teacher(planned, data, load_teacher(args, space.full))
     elif transfer != "none":
         teacher = base / "teacher"
-        command_train(part("train", "teacher", transfer="none"))
-    command_search(part("search", "search"))
-    command_train(part("train", "pruned", shape=base / "search", teacher=teacher,
-                       transfer=transfer, more_follows=False))
+        command_train(part("train", "teacher", args.teacher_epochs, transfer="none",
+                           init=args.init))
+    for target in targets:
+        command_search(search_part(target))
+        command_train(part("train", name("pruned", target), shape=base / name("search", target),
+                           teacher=teacher, transfer=transfer, more_follows=target != targets[-1]))
 
 def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
     net = load(args.dir, trained=True)
-    args.image_size = args.image_size or net.shape.image_size
-    data = open_data(args, net.shape.arch, TRAIN_EPOCHS)
+    args.arch, args.image_size = net.shape.arch, args.image_size or net.shape.image_size
+    data = open_data(args, TRAIN_EPOCHS)
     require(len(data.classes) == net.shape.num_classes, f"{args.dir} has {net.shape.num_classes} "
             f"classes, the data {len(data.classes)}; give the --data that it was trained on")
     classes = read_result(args.dir).get("classes") or data.classes
@@ -1839,7 +1853,8 @@ def build_parser():
         name = function.__name__.removeprefix("command_")
         command = commands.add_parser(
             name, help=function.__doc__, description=function.__doc__, usage="%(prog)s [options]",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+            formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter,
+                                              max_help_position=36))
         command.set_defaults(function=function, more_follows=False)
         if name == "eval":
             command.add_argument("dir", help="directory of a finished train")
@@ -1851,8 +1866,14 @@ def build_parser():
             command.add_argument("--shape", help="shape.json of a pruned network, for --arch")
         if name in ("search", "prune"):
             add_search_options(command)
+        if name == "prune":
+            for step in ("teacher", "search"):
+                command.add_argument(f"--{step}-epochs", type=number(int, 1, 10 ** 5),
+                                     help="in the place of --epochs")
         if name in ("train", "prune"):
-            command.add_argument("--teacher", help="directory of the unpruned one, or torchvision")
+            command.add_argument("--teacher", help="directory of the trained unpruned network")
+            command.add_argument("--init", help="directory of weights to start from; in prune, "
+                                 "those of the teacher")
             command.add_argument("--transfer", choices=TRANSFERS,
                                  help="with a teacher kd: distil; init: copy its first channels")
             command.add_argument("--kd-weight", type=number(float, 0, 1), default=KD_WEIGHT,
@@ -1868,6 +1889,8 @@ def add_data_options(command):
     names = "cifar10", "cifar100", "imagenet", "folder", "synthetic"
     add("--data", choices=names, required=True)
     add("--data-dir", default="data", help="where the data is, or goes")
+    add("--val-fraction", type=number(float, 0, 0.5), default=0.0,
+        help="of train/, kept for testing")
     add("--image-size", type=number(int, 8, 1024), help="pixels, 32 or 224; up to 64: in memory")
     add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count()),
         help="processes that read images")
@@ -1891,7 +1914,8 @@ def add_training_options(command):
 def add_search_options(command):
     """Options of the search, the paper's ablations among them."""
     add = command.add_argument
-    add("--flops", default=FLOPS, help="MACs: fraction of the unpruned, or such as 59.5M")
+    add("--flops", default=FLOPS, help="MACs: fraction of the unpruned, or such as 59.5M; prune "
+        "takes several, 0.5,0.3")
     add("--tolerance", type=number(float, 0.001, 0.5), default=TOLERANCE, help="part of the target")
     add("--round", type=number(int, 1, 64), default=1, help="widths in multiples of this")
     add("--arch-lr", type=number(float, 1e-9, 1e9), help="59 / steps, within 1e-3 and 0.05")

@@ -24,11 +24,6 @@ def class_names(directory, count):
                 f"{directory}: run.json does not name the {count} classes of its network")
     return names
 
-def read_input(path, size):
-    """The image of a file as the network takes it, [1, 3, size, size]."""
-    image = tas.read_image(path)
-    return tas.normalize(tas.test_transform(size)(image)[None])
-
 @torch.no_grad()
 def predict(args):
     """Print a line for every file; returns 2 when one of them could not be read."""
@@ -37,7 +32,7 @@ def predict(args):
     status = 0
     for path in args.files:
         try:
-            image = read_input(path, net.shape.image_size)
+            image = tas.preprocess(tas.read_image(path), net.shape.image_size)
         except tas.TASError as error:  # the other files are classified all the same
             warn(f"error: {error}")
             status = 2

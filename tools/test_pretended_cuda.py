@@ -35,6 +35,7 @@ torch.set_num_threads(1)  # small tensors: sharing them out would take longer th
 pytestmark = pytest.mark.skipif(torch.version.cuda is None or torch.cuda.is_available(),
                                 reason="for a torch built for CUDA, on a machine without a GPU")
 
+MEASURED = dict.fromkeys(("seconds", "images_per_second", "memory_mb"), 0)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 VIEWS = {"_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute",
          "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose",
@@ -290,7 +291,8 @@ def loop(device, kind, precision, steps, arch="resnet20"):
     data, space, saved = tas.Data(*splits, list("abc")), tas.Space(arch, 3, 8), {}
     target = tas.count_macs(space.full) / 2
     run = SimpleNamespace(args=args, path=Path("run"), settings={"target": target},
-                          resume=lambda parts: [], save=lambda parts, _: saved.update(parts))
+                          resume=lambda parts: [], save=lambda parts, _: saved.update(parts),
+                          steps=lambda epoch, count, batches, seen: enumerate(batches))
     if searches:
         return tas.search(run, data, space, target), saved
     teacher = tas.ResNet(space.full) if kind == "train, distil" else None
@@ -345,7 +347,7 @@ def test_steps_neither_wait_nor_copy(gpu, steps, tiny, kind, precision):
 def test_steps_give_the_numbers_of_the_host(gpu, tiny, kind):
     gpu.random = None  # the same random numbers
     ((shape, [a]), host), ((found, [b]), device) = (loop(d, kind, "fp32", 2) for d in (CPU, GPU))
-    assert shape == found and {**a, "seconds": 0} == pytest.approx({**b, "seconds": 0}, rel=1e-4)
+    assert shape == found and a | MEASURED == pytest.approx(b | MEASURED, rel=1e-4)
     state = {name: t.cpu() for name, t in device["net"].state_dict().items()}
     torch.testing.assert_close(state, dict(host["net"].state_dict()), rtol=1e-3, atol=1e-4)
 
@@ -413,7 +415,7 @@ def test_resuming(gpu, tiny, capsys, tmp_path, monkeypatch, name):
         command(capsys, f"{line} parts", expected=130)
     torch.rand(5, device=GPU)
     command(capsys, f"{line} parts")
-    whole, parts = ([json.loads(text) | {"seconds": 0}
+    whole, parts = ([json.loads(text) | MEASURED
                      for text in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
                     for out in ("whole", "parts"))
     assert len(whole) == 3 and whole == parts

@@ -1,10 +1,13 @@
 """Properties of the tools. What a result is compared with is computed plainly in the test."""
 
 import dataclasses
+import hashlib
 import html
+import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -12,11 +15,13 @@ import string
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import HealthCheck, given, settings
 from matplotlib.figure import Figure
 from PIL import Image
@@ -34,13 +39,14 @@ import predict
 import report
 import tas
 import trajectory
+import weights
 
 torch.set_num_threads(1)  # small tensors: sharing them out would take longer than computing
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=100, database=None,
                     suppress_health_check=[HealthCheck.function_scoped_fixture,
                                            HealthCheck.too_slow])
-SCRIPTS = "bench", "describe", "export", "predict", "report"
+SCRIPTS = "bench", "describe", "export", "predict", "report", "weights"
 CHEAP = "--data folder --image-size 8 --batch-size 6 --workers 0 --precision fp32 --quiet"
 SIZE = 8  # pixels
 
@@ -863,6 +869,98 @@ def test_legends_tell_rows_apart(world):
     groups = [[run], [changed(run, arch="resnet32")], [changed(run, data="x\n")]]
     assert figure.name_series(groups) == [
         "resnet20 on insects: tas", "resnet32 on insects: tas", r"resnet20 on x\n: tas"]
+
+# ---- Weights from elsewhere ---------------------------------------------------------------------
+
+WRAPPINGS = {
+    "plain": lambda state: state, "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "model": lambda state: {"model": state},
+    "parallel": lambda state: {"module." + name: t for name, t in state.items()},
+    "older": lambda state: {n: t for n, t in state.items() if "num_batches" not in n}}
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_weights_of_torchvision_s_form(tmp_path, wrapping):
+    torch.manual_seed(0)
+    source = torchvision.models.resnet18(num_classes=7).eval()
+    torch.save(WRAPPINGS[wrapping](source.state_dict()), tmp_path / "file.pth")
+    line = [str(tmp_path / "file.pth"), "--arch", "resnet18", "--out", str(tmp_path / "run")]
+    assert weights.main(line) == 0
+    net, x = tas.load(tmp_path / "run"), torch.randn(2, 3, 64, 64)
+    assert net.shape == tas.Shape.unpruned("resnet18", 7)
+    torch.testing.assert_close(net(x), source(x))
+    assert weights.main(line) == 2  # nothing is overwritten
+
+def test_weights_as_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = tas.ResNet(tas.Shape.unpruned("resnet20", 3)).state_dict()
+    safetensors.save_file(state, tmp_path / "a.safetensors")
+    line = [str(tmp_path / "a.safetensors"), "--arch", "resnet20", "--out", str(tmp_path / "run")]
+    assert weights.main(line) == 0
+    found = tas.load(tmp_path / "run").state_dict()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+def drop(*names):
+    return lambda state: [state.pop(name) for name in names]
+
+@pytest.mark.parametrize("spoil, words", [
+    (drop("conv1.weight", "bn1.bias"), ["missing: conv1.weight, bn1.bias\n"]),
+    (lambda state: state.update({f"head.{i}": torch.ones(1) for i in range(5)}),
+     ["unexpected: head.0, head.1, head.2 ..."]),
+    (lambda state: state.update({"conv1.weight": torch.ones(9, 3, 3, 3)}),
+     ["of another shape: conv1.weight [9, 3, 3, 3] for [16, 3, 3, 3]"]),
+    (drop("fc.bias"), ["fc.bias"]), (lambda state: state.update(x=3), ["tensors"]),
+    (lambda state: (state.clear(), state.update(state_dict=[1])), ["cannot read"])])
+def test_weights_that_do_not_fit_are_named(tmp_path, capsys, spoil, words):
+    state = {**tas.ResNet(tas.Shape.unpruned("resnet20", 3)).state_dict()}
+    spoil(state)
+    torch.save(state, tmp_path / "file.pth")
+    status = weights.main([f"{tmp_path}/file.pth", "--arch", "resnet20", "--out", f"{tmp_path}/r"])
+    err = capsys.readouterr().err
+    assert status == 2 and err.count("\n") == 1 and not (tmp_path / "r").exists()
+    assert all(word in err for word in words), err
+
+class Evil:
+    """A pickle of it makes a directory when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+def test_weights_are_not_executed(tmp_path, capsys, monkeypatch):
+    """Neither a file nor what lies where torchvision's download would be."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    url = torchvision.models.get_model_weights("resnet18")["IMAGENET1K_V1"].url
+    file = tmp_path / "home/hub/checkpoints" / Path(url).name
+    file.parent.mkdir(parents=True)
+    torch.save(Evil(tmp_path / "executed"), file)
+    for source, word in ((str(file), "cannot read"), ("torchvision", "damaged")):
+        assert weights.main([source, "--arch", "resnet18", "--out", f"{tmp_path}/run"]) == 2
+        assert word in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
+
+def test_torchvision_s_weights(tmp_path, capsys, monkeypatch):
+    """An earlier download is taken; without network the message says where the file goes."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    line = ["torchvision", "--arch", "resnet18", "--out", f"{tmp_path}/run"]
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    assert weights.main(line) == 2
+    assert re.search(f"no network.*put that file into {tmp_path}", capsys.readouterr().err)
+    assert weights.main(["torchvision", "--arch", "resnet20", "--out", f"{tmp_path}/run"]) == 2
+    assert "resnet20" in capsys.readouterr().err
+    buffer = io.BytesIO()
+    torch.save(torchvision.models.resnet18().state_dict(), buffer)
+    beginning = hashlib.sha256(buffer.getvalue()).hexdigest()[:8]
+    kind = SimpleNamespace(url=f"https://x/resnet18-{beginning}.pth")
+    monkeypatch.setattr("torchvision.models.get_model_weights", lambda _: {"IMAGENET1K_V1": kind})
+    (tmp_path / f"hub/checkpoints/resnet18-{beginning}.pth").write_bytes(buffer.getvalue())
+    assert weights.main(line) == 0
+    assert tas.load(tmp_path / "run").shape.num_classes == 1000
 
 # ---- TensorBoard --------------------------------------------------------------------------------
 
