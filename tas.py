@@ -1092,12 +1092,6 @@ def average_over_processes(tensors, world):
         for t, mean in zip(tensors, flat.div_(world).split([t.numel() for t in tensors])):
             t.copy_(mean.view(t.shape))
 
-def maybe_compile(loss_function, args):
-    """With --compile on, torch.compile as one graph of fixed shapes."""
-    if args.compile == "off":
-        return loss_function
-    return torch.compile(loss_function, fullgraph=True, dynamic=False)
-
 def sgd(weights, args):
     """The optimiser of all weights."""
     return torch.optim.SGD(weights, args.lr, MOMENTUM, weight_decay=args.weight_decay,
@@ -1107,7 +1101,11 @@ def set_learning_rate(optimizer, step, steps, warmup, highest):
     """Of a step: a linear rise over the first `warmup` of the `steps`, then a cosine to 0."""
     share = (step - warmup) / (steps - warmup)
     factor = min(1, (step + 1) / warmup) if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
-    optimizer.param_groups[0]["lr"] = highest * factor
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], torch.Tensor):  # where a captured step reads it
+        group["lr"].fill_(highest * factor)
+    else:
+        group["lr"] = highest * factor
 
 def gumbel_temperature(epoch, epochs, start=TAU_START, end=TAU_END):
     """Gumbel temperature tau of an epoch, linear over the epochs."""
@@ -1157,6 +1155,83 @@ def take_step(args, net, optimizer, loss_function, *inputs):
     accuracy = 100 * (logits.argmax(1) == inputs[-1]).double().mean()
     return torch.stack([loss.detach().double(), accuracy])
 
+@contextlib.contextmanager
+def without_trace(net, optimizer, device):
+    """Undo what is done inside: to parameters, buffers, the optimiser's state, random numbers."""
+    def tensors():
+        moments = itertools.chain(*[state.values() for state in optimizer.state.values()])
+        return [*net.parameters(), *net.buffers(), *filter(torch.is_tensor, moments)]
+
+    before = {tensor: tensor.detach().clone() for tensor in tensors()}
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor in tensors():  # a new one is a moment, for which 0 is as good as nothing
+                tensor.copy_(before[tensor] if tensor in before else torch.zeros_like(tensor))
+
+class Step:
+    """take_step as a function of the batch alone, compiled with --compile on, and on one GPU
+    captured: from its second call on it is then a single launch. Where either fails, one warning
+    and the step as it is."""
+
+    def __init__(self, args, net, optimizer, loss_function, *inputs):
+        self.given = args, net, optimizer
+        self.step = self.plain = functools.partial(
+            take_step, args, net, optimizer, loss_function, *inputs)
+        self.captures = args.graphs == "auto" and args.device.type == "cuda" and args.world == 1
+        self.compiled = None
+        if args.compile == "on":
+            compiled = torch.compile(loss_function, fullgraph=True, dynamic=False)
+            self.compiled = functools.partial(take_step, args, net, optimizer, compiled, *inputs)
+        self.untried = self.captures or self.compiled
+
+    def __call__(self, *batch):
+        args, net, optimizer = self.given
+        if self.untried:
+            self.untried, rate = False, optimizer.param_groups[0]["lr"]
+            try:
+                with without_trace(net, optimizer, args.device):
+                    if self.compiled:
+                        self.compiled(*batch)  # compiles the backward pass, too
+                        self.step = self.compiled
+                    if self.captures:
+                        self.step = self.capture(batch)
+            except Exception as error:
+                reason = printable(str(error).strip())[:100]
+                print(f"warning: a step is not compiled or captured: {reason}", file=sys.stderr)
+                self.step = self.plain
+                optimizer.param_groups[0]["lr"] = rate
+        return self.step(*batch)
+
+    def capture(self, batch):
+        """The step as a CUDA graph, which must do in two steps what the step itself does."""
+        args, net, optimizer = self.given
+        group = optimizer.param_groups[0]
+        group["lr"] = torch.tensor(float(group["lr"]), device=args.device)
+        inputs, step, graph = [t.clone() for t in batch], self.step, torch.cuda.CUDAGraph()
+
+        def two(function):
+            with without_trace(net, optimizer, args.device):
+                results = [function(*batch) for _ in range(2)]
+                return [*results, *[p.detach().clone() for p in net.parameters()]]
+
+        def replay(*batch):
+            for old, new in zip(inputs, batch):
+                old.copy_(new)
+            graph.replay()
+            return result.clone()
+
+        with torch.cuda.stream(torch.cuda.Stream()):  # as a capture wants its warm-up
+            expected = two(step)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            result = step(*inputs)
+        for a, b in zip(two(replay), expected):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+        return replay
+
 def mean_of_steps(run, epoch, steps):
     """Mean loss and accuracy in % of an epoch's steps and all processes; TASError if not finite."""
     values = torch.stack(steps)  # [steps, 2]
@@ -1175,7 +1250,7 @@ def resources(args, optimizer, images, start):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     if args.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 1e6
-    return {"lr": optimizer.param_groups[0]["lr"], "images_per_second": round(images / seconds, 1),
+    return {"lr": float(optimizer.param_groups[0]["lr"]), "images_per_second": round(images / seconds, 1),
             "memory_mb": round(memory, 1), "seconds": round(seconds, 2)}
 
 def shuffled_batches(split, indices, args):
@@ -1224,7 +1299,7 @@ def train(run, data, net, teacher=None):
     if teacher:
         to_device(teacher, args).eval().requires_grad_(False)
     optimizer = sgd(net.parameters(), args)
-    loss = maybe_compile(training_loss, args)
+    step = Step(args, net, optimizer, training_loss, teacher)
     state = {"net": net, "optimizer": optimizer}
     metrics = run.resume(state)
 
@@ -1234,7 +1309,7 @@ def train(run, data, net, teacher=None):
         batches = shuffled_batches(data.train, everything, args)
         for i, batch in run.steps(epoch, steps, batches, seen):
             set_learning_rate(optimizer, i, total, warmup, args.lr)
-            seen.append(take_step(args, net, optimizer, loss, teacher, *batch))
+            seen.append(step(*batch))
         average_over_processes([b for b in net.buffers() if b.is_floating_point()], args.world)
         train_loss, train_accuracy = mean_of_steps(run, epoch, seen)
         top1, top5 = evaluate(net, data.test, args)
@@ -1259,11 +1334,13 @@ def search(run, data, space, target):
     weights = [p for p in net.parameters() if p is not net.alpha and p is not net.beta]
     optimizer = sgd(weights, args)
     arch_optimizer = torch.optim.Adam(sizes, args.arch_lr, betas=ARCH_BETAS, fused=True,
-                                      weight_decay=ARCH_WEIGHT_DECAY)
-    weight_loss, arch_loss = (maybe_compile(f, args) for f in (search_loss, architecture_loss))
+                                      weight_decay=ARCH_WEIGHT_DECAY,
+                                      capturable=args.device.type == "cuda")
+    device_tau = torch.zeros((), device=args.device)  # where the steps read it
+    weight_step = Step(args, net, optimizer, search_loss, device_tau)
+    arch_step = Step(args, net, arch_optimizer, architecture_loss, device_tau, target)
     state = {"net": net, "optimizer": optimizer, "arch_optimizer": arch_optimizer}
     metrics = run.resume(state)
-    device_tau = torch.zeros((), device=args.device)  # where the steps read it
 
     for epoch in range(len(metrics), args.epochs):
         start, weight_seen, arch_seen = time.perf_counter(), [], []
@@ -1273,9 +1350,8 @@ def search(run, data, space, target):
         batches = [shuffled_batches(data.train, half, args) for half in halves]
         for i, (batch, arch_batch) in run.steps(epoch, steps, zip(*batches), arch_seen):
             set_learning_rate(optimizer, i, total, 0, args.lr)
-            weight_seen.append(take_step(args, net, optimizer, weight_loss, device_tau, *batch))
-            arch_seen.append(
-                take_step(args, net, arch_optimizer, arch_loss, device_tau, target, *arch_batch))
+            weight_seen.append(weight_step(*batch))
+            arch_seen.append(arch_step(*arch_batch))
         train_loss, train_accuracy = mean_of_steps(run, epoch, weight_seen)
         val_loss, val_accuracy = mean_of_steps(run, epoch, arch_seen)
         metrics.append({
@@ -1908,6 +1984,7 @@ def add_training_options(command):
     add("--lr", type=number(float, 1e-9, 1e9), default=LR, help="of the weights, at its highest")
     add("--weight-decay", type=number(float, 0, 1), help="5e-4, of images above 64 pixels 1e-4")
     add("--compile", choices=("on", "off"), default="off", help="torch.compile")
+    add("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs on one GPU")
     add("--out", help="where results go (runs/DATA-ARCH/STEP)")
     add("--quiet", action="store_true", help="print results only")
 

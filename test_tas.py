@@ -42,6 +42,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import tas
@@ -1175,6 +1176,123 @@ def test_steps_are_one_graph(run_small, monkeypatch, tmp_path, line, parts):
     for line, expected in zip(log("on"), plain, strict=True):
         assert line == pytest.approx(expected, rel=1e-4)
     assert [counter.frame_count for counter in counters] == [1] * parts
+
+class Recorded(TorchDispatchMode):
+    """Stands for a CUDA graph: replay does again, on the same memory, what was done inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, result in self.calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again)):
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():  # no view
+                    old.copy_(new)
+
+class Forgetful(Recorded):
+    def replay(self):
+        self.calls[:] = self.calls[:-1]
+        super().replay()
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Sets what stands for a CUDA graph, in steps on the CPU as well; returns how many replays."""
+    replays = collections.Counter()
+
+    class Captured(tas.Step):
+        def __init__(self, *inputs):
+            super().__init__(*inputs)
+            self.captures = self.untried = True
+
+        def capture(self, batch):
+            @contextlib.contextmanager
+            def record(graph):  # a capture does nothing yet
+                args, net, optimizer = self.given
+                with tas.without_trace(net, optimizer, args.device), graph:
+                    yield
+            monkeypatch.setattr(torch.cuda, "graph", record)
+            return super().capture(batch)
+
+    def use(kind):
+        def make():
+            graph = kind()
+            graph.replay = lambda: replays.update([kind]) or kind.replay(graph)
+            return graph
+        monkeypatch.setattr(tas, "Step", Captured)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        return replays
+    return use
+
+def outcome(tmp_path, name):
+    """Metrics and what is saved of a run."""
+    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    return ([json.loads(text) | dict.fromkeys(MEASURED, 0) for text in lines],
+            tas.load_tensors(tmp_path / name / "last.ckpt")["parts"])
+
+@pytest.mark.parametrize("line, parts", STEPS)
+def test_steps_run_from_where_they_were_captured(run_small, graphs, tmp_path, capsys, line, parts):
+    """They do what they do without, and leave no trace of the trial."""
+    line += " --epochs 2 --out {tmp}/"
+    run_small(line + "plain")
+    replays = graphs(Recorded)
+    run_small(line + "captured")
+    assert "not compiled" not in capsys.readouterr().err
+    assert replays[Recorded] == parts * (2 + 2 * 10)  # to compare, and of two epochs
+    (plain, a), (captured, b) = (outcome(tmp_path, name) for name in ("plain", "captured"))
+    assert captured == [pytest.approx(line, rel=1e-5) for line in plain]
+    for name, tensor in a["net"].items():
+        torch.testing.assert_close(b["net"][name], tensor, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize("line, parts", STEPS)
+def test_captured_steps_that_differ_are_not_used(run_small, graphs, tmp_path, capsys, line, parts):
+    """Here the last operator of all gets lost."""
+    run_small(line + " --epochs 2 --out {tmp}/plain")
+    replays = graphs(Forgetful)
+    run_small(line + " --epochs 2 --out {tmp}/captured")
+    warning = "warning: a step is not compiled or captured"
+    assert capsys.readouterr().err.count(warning) == parts
+    assert replays[Forgetful] == 2 * parts
+    assert identical(*[outcome(tmp_path, name) for name in ("plain", "captured")])
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+@pytest.mark.parametrize("line, parts", STEPS)
+def test_compilation_that_fails_is_one_warning(run_small, monkeypatch, tmp_path, capsys, line,
+                                               parts, when):
+    """And leaves no trace, even where the forward pass was done."""
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(context, grad):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler\nfor you")
+
+    def broken(function, **_):
+        def fail(*inputs):
+            minimised, loss, logits = function(*inputs)
+            if when == "forward":
+                raise torch._dynamo.exc.TorchDynamoException("no compiler\nfor you")
+            return Broken.apply(minimised), loss, logits
+        return fail
+
+    run_small(line + " --epochs 2 --out {tmp}/plain")
+    monkeypatch.setattr(torch, "compile", broken)
+    run_small(line + " --epochs 2 --compile on --out {tmp}/broken")
+    warnings = re.findall("warning: a step is not .*no compiler.*\n", capsys.readouterr().err)
+    assert len(warnings) == parts
+    assert identical(*[outcome(tmp_path, name) for name in ("plain", "broken")])
 
 # ---- Shape files --------------------------------------------------------------------------------
 
