@@ -81,7 +81,7 @@ published() {  # published STUDY SEED TRANSFER EPOCHS
 }
 
 cpu() {  # most telling first
-    local study=${ROOT:-results/cifar10-resnet20-cpu} seed transfer
+    local study=${ROOT:-runs/cpu} seed transfer
     teacher=$study/teacher
     run tas.py train "${small[@]}" --arch resnet20 --epochs "${EPOCHS:-20}" --out "$teacher"
     seeds() {  # seeds TRANSFER SEED ...
@@ -108,7 +108,7 @@ cpu() {  # most telling first
 }
 
 budgets() {
-    local study=${ROOT:-results/cifar10-resnet20-budgets} seed target
+    local study=${ROOT:-runs/budgets} seed target
     teacher=results/cifar10-resnet20-cpu/teacher
     small+=(--precision bf16)
     for seed in ${SEEDS:-0 1}; do
@@ -117,7 +117,8 @@ budgets() {
             row "$study" "tas-$target" "$seed" kd 15 "$target"
         done
         for target in 0.3 0.2 0.4; do
-            row "$study" "depth-$target" "$seed" kd 15 "$target" --search depth
+            [ "$target" = 0.2 ] ||  # whose MACs no depths have
+                row "$study" "depth-$target" "$seed" kd 15 "$target" --search depth
             row "$study" "random-$target" "$seed" kd 15 "$target" --method random
         done
     done
@@ -129,7 +130,7 @@ budgets() {
 }
 
 full20() {
-    local study=${ROOT:-results/cifar10-resnet20-full}
+    local study=${ROOT:-runs/full20}
     teacher=$study/teacher
     small+=(--precision bf16)
     run tas.py train "${small[@]}" --arch resnet20 --epochs "${EPOCHS:-300}" --out "$teacher"

@@ -332,6 +332,38 @@ class Space:
         identity = free[:, None, None] & (c_in == c_out)
         self.cost = (macs[:, None, None] * c_in * c_out).masked_fill(identity, 0)  # [L, K, K]
         self.kept = (block[:, None] < depths[self.stage]).double()  # [L, D] has the depth the layer
+        self.unit = "MACs"
+
+    def load_cost(self, path):
+        """Count another cost than MACs, of a JSON file such as tools/latency.py writes: "arch",
+        "image_size", "widths" as here, "unit", and "cost" [L, K, K] in the place of that above."""
+        found, own = read_json(path), dict(arch=self.full.arch, image_size=self.full.image_size,
+                                           widths=[list(row) for row in self.widths])
+        for name, value in own.items():
+            require(found.get(name) == value, f"{path} has costs of {name} "
+                    f"{str(found.get(name))[:60]}, not of {str(value)[:60]}; measure them")
+        with errors_as(f"{path} has no table of costs from 0 on for every layer ({{}})"):
+            cost = torch.tensor(found["cost"], dtype=torch.float64)
+            if cost.shape != self.cost.shape or not ((cost >= 0) & cost.isfinite()).all():
+                raise ValueError(f"{list(cost.shape)}, not {list(self.cost.shape)}")
+            self.cost, self.unit = cost, f"{found['unit']:.20}"
+
+    def show(self, cost):
+        """A cost in words."""
+        return f"{cost:,.0f} MACs" if self.unit == "MACs" else f"{cost:.4g} {self.unit}"
+
+    def cost_of(self, shape):
+        """The cost of a Shape of this space, as the tables have it."""
+        widths = [shape.stem]
+        for blocks, full in zip(shape.stages, self.full.stages):
+            widths += itertools.chain(*blocks, *full[len(blocks):])  # those of dropped ones count 0
+        p = torch.zeros(len(self.widths), self.num_widths)
+        q = torch.zeros(len(self.depths), self.num_depths)
+        for row, candidates, width in zip(p, self.widths, widths):
+            row[candidates.index(width)] = 1
+        for row, candidates, blocks in zip(q, self.depths, shape.stages):
+            row[candidates.index(len(blocks))] = 1
+        return float(expected_macs(self, p, q))
 
     def to(self, device):
         """Move the tables, once, so that the cost is computed where alpha and beta are."""
@@ -352,7 +384,8 @@ class Space:
         return dataclasses.replace(self.full, stem=stem, stages=stages)
 
 def expected_macs(space, p, q):
-    """Expected MACs of a network with independent sizes (paper: expected cost), float64, 0-d.
+    """Expected MACs of a network with independent sizes (paper: expected cost), or what else the
+    space counts; float64, 0-d.
     p [convs, K], q [stages, D]: width and depth probabilities; entries past a row's candidates are
     ignored. Of one-hot p and q: that network's MACs, exactly. Stays on the device."""
     space.to(p.device)
@@ -759,15 +792,15 @@ def extract(space, alpha, beta, target, tolerance=TOLERANCE):
     the band's half-width, and only cells are looked at whose ways must lie in the band. Smaller
     cells serve spaces with few Shapes."""
     log_p, log_q = log_rows(alpha, space.widths), log_rows(beta, space.depths)
-    shape = space.shape([row.argmax() for row in log_p], [row.argmax() for row in log_q])
-    if in_band(count_macs(shape), target, tolerance):
-        return shape
+    present = [nn.utils.rnn.pad_sequence(rows, True, -math.inf) for rows in (log_p, log_q)]
+    if in_band(float(argmax_macs(space, *present)), target, tolerance):
+        return space.shape([row.argmax() for row in log_p], [row.argmax() for row in log_q])
     graph = size_graph(space, log_p, log_q)
     (fewest, smallest), (most, largest) = extreme_way(graph, min), extreme_way(graph, max)
-    full = count_macs(space.full)
-    message = (f"no shape has {target:,.0f} MACs within {tolerance:.1%}; possible are {fewest:,.0f}"
-               f" to {most:,.0f} ({fewest / full:.3f} to {most / full:.3f} of the unpruned network)"
-               "; choose another --flops")
+    full = space.cost_of(space.full)
+    message = (f"no shape has {space.show(target)} within {tolerance:.1%}; possible are "
+               f"{space.show(fewest)} to {space.show(most)} ({fewest / full:.3f} to "
+               f"{most / full:.3f} of the unpruned network); choose another target")
     require((1 - tolerance) * target <= most and fewest <= (1 + tolerance) * target, message)
     links = 2 + sum(space.arch.depths)  # that cost MACs
     for refinement in REFINEMENTS:
@@ -929,7 +962,7 @@ def test_transform(size):
     return v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
 
 def preprocess(image, size):
-    """A PIL image, resized and cropped as a test image, as the input [1, 3, size, size] of a network
+    """A PIL image, resized and cropped as a test image: the input [1, 3, size, size] of a network
     for images of that size."""
     return normalize(test_transform(size)(image.convert("RGB"))[None])
 
@@ -1250,8 +1283,9 @@ def resources(args, optimizer, images, start):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     if args.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 1e6
-    return {"lr": float(optimizer.param_groups[0]["lr"]), "images_per_second": round(images / seconds, 1),
-            "memory_mb": round(memory, 1), "seconds": round(seconds, 2)}
+    return {"lr": float(optimizer.param_groups[0]["lr"]),
+            "images_per_second": round(images / seconds, 1), "memory_mb": round(memory, 1),
+            "seconds": round(seconds, 2)}
 
 def shuffled_batches(split, indices, args):
     """Augmented batches of these images of a split, in a new order."""
@@ -1371,7 +1405,7 @@ def measure_sizes(net):
 
     p, q = net.probabilities()
     return {"expected_macs": float(expected_macs(net.space, p, q)),
-            "argmax_macs": int(argmax_macs(net.space, p, q)),
+            "argmax_macs": float(argmax_macs(net.space, p, q)),
             "width_discrepancy": discrepancy(p, net.space.widths),
             "depth_discrepancy": discrepancy(q, net.space.depths)}
 
@@ -1560,7 +1594,7 @@ class Run:
             self.last = f", test accuracy {line['test_accuracy']:.1f}%"
         else:
             ratio = line["argmax_macs"] / self.settings["target"]
-            self.last = f", MACs {ratio:.1%} of the target"
+            self.last = f", {self.settings['unit']} {ratio:.1%} of the target"
         if self.bar.disable and not self.silent:
             values = [f"{name} {value:.5g}" for name, value in line.items() if name != "epoch"]
             print(f"{self.path.name} {line['epoch']}/{self.args.epochs}:", ", ".join(values),
@@ -1707,6 +1741,16 @@ def base_directory(args):
     name = Path(args.data_dir).resolve().name if args.data == "folder" else args.data
     return Path("runs") / f"{name}-{args.arch}"
 
+def parse_budget(text, space):
+    """--budget: a fraction of the unpruned network's cost such as 0.6, or with the unit 3.5ms."""
+    require(text, f"--cost needs --budget, such as 0.6, or a number of {space.unit}")
+    value, full, absolute = math.nan, space.cost_of(space.full), text.endswith(space.unit)
+    with contextlib.suppress(ValueError):
+        value = float(text.removesuffix(space.unit)) * (1 if absolute else full)
+    require(0 < value <= full, f"--budget {text}: give a fraction such as 0.6, or up to the "
+            f"{full:.4g}{space.unit} of the unpruned network")
+    return value
+
 def parse_target(text, full):
     """--flops: a fraction of the unpruned network's MACs such as 0.47, or MACs such as 59.5M."""
     scale = {"K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:].upper(), 1)
@@ -1828,6 +1872,10 @@ def plan_search(args):
     data = open_data(args, SEARCH_EPOCHS, halves=2 if args.method == "tas" else 1)
     space = Space(args.arch, len(data.classes), args.image_size, args.search, args.round)
     target = parse_target(args.flops, count_macs(space.full))
+    if args.cost:
+        require(args.method != "uniform", "--method uniform scales MACs; leave --cost out")
+        space.load_cost(args.cost)
+        target = parse_budget(args.budget, space)
     if args.method == "uniform":
         return data, space, target, scale_shape(space, target, args.tolerance, args.round)
     return data, space, target, draw_shape(space, target, args.tolerance)
@@ -1838,7 +1886,8 @@ def command_search(args):
     if args.arch_lr is None:
         steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
         args.arch_lr = min(MOST_ARCH_LR, ARCH_LR * max(1, ARCH_STEPS / max(1, steps)))
-    run = Run(args, data, "search", SEARCH_SETTINGS, target=target)
+    cost = zlib.crc32(repr(space.cost.tolist()).encode()) if args.cost else None
+    run = Run(args, data, "search", SEARCH_SETTINGS, target=target, unit=space.unit, cost=cost)
     if run.result is None:
         metrics = []
         if args.method == "tas":
@@ -1846,10 +1895,13 @@ def command_search(args):
             shape, metrics = search(run, data, space, target)
         told = ("val_accuracy", "width_discrepancy", "depth_discrepancy") if metrics else ()
         run.finish(shape, metrics, shape=dataclasses.asdict(shape),
+                   cost=space.cost_of(shape) if args.cost else None,
                    **{name: metrics[-1][name] for name in told})
-    teacher = run.path.parent / "teacher"
-    print_result(args, f"{run.path / 'shape.json'}: {summary(Shape.load(run.path))}; target "
-                 f"{target / 1e6:.2f}M", f"tas.py train DATA --shape {run.path / 'shape.json'} "
+    teacher, met = run.path.parent / "teacher", f"target {target / 1e6:.2f}M"
+    if args.cost:
+        met = f"{space.show(space.cost_of(shape))}, target {space.show(target)}"
+    print_result(args, f"{run.path / 'shape.json'}: {summary(Shape.load(run.path))}; {met}",
+                 f"tas.py train DATA --shape {run.path / 'shape.json'} "
                  f"--teacher {teacher if teacher.exists() else 'DIR'}")
 
 def command_prune(args):
@@ -1993,6 +2045,8 @@ def add_search_options(command):
     add = command.add_argument
     add("--flops", default=FLOPS, help="MACs: fraction of the unpruned, or such as 59.5M; prune "
         "takes several, 0.5,0.3")
+    add("--cost", help="JSON of another cost than MACs for each layer, with --budget")
+    add("--budget", help="of --cost: fraction of the unpruned, or such as 3.5ms")
     add("--tolerance", type=number(float, 0.001, 0.5), default=TOLERANCE, help="part of the target")
     add("--round", type=number(int, 1, 64), default=1, help="widths in multiples of this")
     add("--arch-lr", type=number(float, 1e-9, 1e9), help="59 / steps, within 1e-3 and 0.05")

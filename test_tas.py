@@ -650,6 +650,73 @@ def test_extract_at_the_edges_of_what_is_possible(case):
             for number in (macs[0], macs[-1], target):
                 assert f"{number:,.0f}" in str(caught.value)
 
+# Another cost than MACs: a table of a file.
+
+def write_costs(path, space, seed, **changes):
+    """A file of random costs of every layer at every pair of candidates; the table."""
+    rng = random.Random(seed)
+    cost = [[[rng.choice([0, rng.random(), 10 * rng.random()]) for _ in range(space.num_widths)]
+             for _ in range(space.num_widths)] for _ in space.cost]
+    entries = {"arch": space.full.arch, "image_size": space.full.image_size, "unit": "mJ",
+               "widths": space.widths, "cost": cost} | changes
+    path.write_text(json.dumps(entries))
+    return cost
+
+def slow_cost(space, shape, cost):
+    """A walk along the network: the stem, of each block its convs and its shortcut, the end."""
+    n, layer, conv, at = len(KERNELS[shape.arch]), 1, 1, space.widths[0].index(shape.stem)
+    total = cost[0][0][at]
+    for full, blocks in zip(space.full.stages, shape.stages):
+        for b in range(len(full)):
+            if b < len(blocks):
+                first = at
+                for i, width in enumerate(blocks[b]):
+                    k = space.widths[conv + i].index(width)
+                    total += cost[layer + i][at][k]
+                    at = k
+                total += cost[layer + n][first][at]
+            layer, conv = layer + n + 1, conv + n
+    return total + cost[layer][at][0]
+
+@pytest.mark.parametrize("case", range(len(TINY)))
+@settings(max_examples=8)
+@given(st.integers(0, 2), st.integers(0, 2 ** 32), st.floats(0, 1), st.floats(0.02, 0.3))
+def test_another_cost_by_enumeration(tmp_path_factory, case, space_seed, seed, which, tolerance):
+    """Its expectation is exact, and extract keeps to the band, as with MACs."""
+    space, shapes, _ = tiny_shapes(case, space_seed)
+    path = tmp_path_factory.getbasetemp() / "cost.json"
+    cost = write_costs(path, space, seed)
+    space.load_cost(path)
+    costs = [slow_cost(space, shape, cost) for shape in shapes]
+    costs = torch.tensor(costs, dtype=torch.float64)
+    assert all(math.isclose(space.cost_of(shape), c, abs_tol=1e-9)
+               for shape, c in zip(shapes[:50], costs))
+    p, q = random_distribution(space, seed % 1000)
+    log_p, log_q = p.log().tolist(), q.log().tolist()
+    chance = [math.exp(log_probability(space, shape, log_p, log_q)) for shape in shapes]
+    expected = sum(c * one for c, one in zip(chance, costs.tolist()))
+    assert math.isclose(tas.expected_macs(space, p, q), expected, rel_tol=1e-9)
+    alpha, beta = draw_logits(space, "large", seed)
+    target = float(costs[int(which * (len(costs) - 1))])
+    if target > 0:
+        found = slow_cost(space, tas.extract(space, alpha, beta, target, tolerance), cost)
+        assert abs(found - target) <= tolerance * target * (1 + 1e-9)
+
+@pytest.mark.parametrize("changes, word", [
+    ({"arch": "resnet32"}, "arch resnet32"), ({"image_size": 64}, "image_size 64"),
+    ({"widths": [[4, 16]]}, "widths"), ({"cost": [[1.0]]}, "table of costs"),
+    ({"cost": "many"}, "table of costs"), ({"unit": 3}, "table of costs"),
+    *[({"cost": bad}, "table of costs") for bad in (-1, math.nan, math.inf, None, [])]])
+def test_wrong_costs_are_refused_by_name(tmp_path, changes, word):
+    space = tas.Space("resnet20")
+    cost = write_costs(tmp_path / "cost.json", space, 0)
+    if word == "table of costs" and not isinstance(changes.get("cost", "x"), (str, list)):
+        cost[3][1][2] = changes["cost"]
+        changes = {"cost": cost}
+    write_costs(tmp_path / "cost.json", space, 0, **changes)
+    with pytest.raises(tas.TASError, match=f"cost.json.*{word}"):
+        space.load_cost(tmp_path / "cost.json")
+
 def test_extract_of_nan_is_an_error():
     space = tas.Space("resnet20")
     for which in (0, 1):
@@ -659,7 +726,7 @@ def test_extract_of_nan_is_an_error():
             tas.extract(space, *logits, 2e7)
 
 def test_drawn_shapes():
-    """Uniform where the band leaves them alone; in the band, and of all kinds, where it does not."""
+    """Uniform where the band leaves them alone; else in the band, and all different."""
     space = tas.Space("resnet20")
     full = tas.count_macs(space.full)
     torch.manual_seed(0)
@@ -2439,6 +2506,27 @@ def test_prune_to_several_targets(root, tmp_path, capfd):
 def test_another_target_says_how_to_keep_the_teacher(root, capfd):
     check_refused(capfd, root, PRUNE + " --flops 0.4 --out {root}/runs", "target was",
                   "prune keeps its teacher with --teacher DIR")
+
+def test_a_search_under_another_cost(root, tmp_path, capfd):
+    space = tas.Space("resnet20", 2, 8)
+    cost = write_costs(tmp_path / "cost.json", space, 1)
+    full = slow_cost(space, space.full, cost)
+    line = SEARCH + " --cost {tmp}/cost.json --out {tmp}/"
+    for name, budget, target in (("share", "0.7", 0.7 * full), ("unit", f"{0.8 * full:.3f}mJ", 0.8 * full)):
+        assert run(f"{line}{name} --budget {budget}", root=root, tmp=tmp_path) == 0
+        found = slow_cost(space, tas.Shape.load(tmp_path / name), cost)
+        assert abs(found / target - 1) <= 0.05
+        assert f"{found:.4g} mJ, target {target:.4g} mJ" in capfd.readouterr().out
+        info = tas.read_json(tmp_path / name / "run.json")
+        assert info["settings"]["unit"] == "mJ" and info["result"]["cost"] == pytest.approx(found)
+        last = read_metrics(tmp_path / name)[-1]
+        assert min(cost[-1][0][0], 10) < last["argmax_macs"] < 2 * full
+    write_costs(tmp_path / "cost.json", space, 2)
+    check_refused(capfd, root, f"{line}share --budget 0.7", "cost was", tmp=tmp_path)
+    for flags, word in (("", "--budget"), ("--budget 2", "--budget 2"), ("--budget 3kg", "3kg"),
+                        ("--budget 0.7 --method uniform", "uniform"),
+                        ("--budget 0.0001", "possible are")):
+        check_refused(capfd, root, f"{line}x {flags}", word, tmp=tmp_path)
 
 @pytest.mark.parametrize("spoiled", [False, True])
 def test_the_teacher_s_accuracy_comes_before_the_search(root, tmp_path, capfd, spoiled):

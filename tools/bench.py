@@ -4,33 +4,22 @@
 
 Every case runs once a round; its median is printed with its ratio to a training step or, for
 inference, to the unpruned network. Without --shape all widths are scaled to half of the MACs.
+--how: eager, graphs (CUDA graphs, on a GPU), compiled (torch.compile). fp32 is TF32 on CUDA. On a
+GPU the most memory that a case held is printed, too.
 """
 
 import argparse
 import functools
+import itertools
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tas
 import torch
 from command import printable, run
-
-def medians(functions, rounds, device, warm_up=2):
-    """name -> median time in ms of functions that take turns, after rounds of warm-up."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = {name: [] for name in functions}
-    for _ in range(warm_up + rounds):
-        for name, function in functions.items():
-            wait()
-            start = time.perf_counter()
-            function()
-            wait()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values[warm_up:]) for name, values in times.items()}
+from timing import medians
 
 def search_case(args, space, batch, candidates):
     """Function of one round of the search: a step of the weights, then one of alpha and beta."""
@@ -38,13 +27,12 @@ def search_case(args, space, batch, candidates):
     net = tas.to_device(tas.SuperResNet(space), args)
     weights = [p for name, p in net.named_parameters() if name not in ("alpha", "beta")]
     optimizer = tas.sgd(weights, args)
-    arch_optimizer = torch.optim.Adam([net.alpha, net.beta], tas.ARCH_LR, fused=True)
+    arch_optimizer = torch.optim.Adam([net.alpha, net.beta], tas.ARCH_LR, fused=True,
+                                      capturable=args.device.type == "cuda")
     target, tau = tas.count_macs(space.full) / 2, torch.ones((), device=args.device)
-
-    def search_round():
-        tas.take_step(args, net, optimizer, tas.search_loss, tau, *batch)
-        tas.take_step(args, net, arch_optimizer, tas.architecture_loss, tau, target, *batch)
-    return search_round
+    weight_step = tas.Step(args, net, optimizer, tas.search_loss, tau)
+    arch_step = tas.Step(args, net, arch_optimizer, tas.architecture_loss, tau, target)
+    return lambda: (weight_step(*batch), arch_step(*batch))
 
 @torch.no_grad()
 def infer(args, net, images):
@@ -60,8 +48,9 @@ def make_cases(args, space, shapes):
     batch = next(split.batches(order, n, True))
     net = tas.to_device(tas.pad_channels(tas.ResNet(space.full)), args)
     optimizer = tas.sgd(net.parameters(), args)
+    step = tas.Step(args, net, optimizer, tas.training_loss, None)
     cases = {
-        "training": lambda: tas.take_step(args, net, optimizer, tas.training_loss, None, *batch),
+        "training": lambda: step(*batch),
         "batching, augmentation": lambda: next(split.batches(order, n, True))}
     for k in args.candidates or (2, space.num_widths):
         cases[f"search round, {k} candidates"] = search_case(args, space, batch, k)
@@ -92,17 +81,23 @@ def bench(args):
     tas.setup(args)
     space = tas.Space(args.arch, 10, args.image_size).to(args.device)
     shapes, cases, rows, macs = read_shapes(args, space), {}, [], {}
-    for precision in args.precision:
+    for precision, how in itertools.product(args.precision, args.how):
         own = argparse.Namespace(**{**vars(args), "precision": precision})
+        own.graphs = "auto" if how == "graphs" else "off"
+        own.compile = "on" if how == "compiled" else "off"
         for name, function in make_cases(own, space, shapes).items():
-            cases[name, precision] = function
+            if how == args.how[0] or name.startswith(("training", "search")):  # others are eager
+                cases[name, precision, how] = function
     times = medians(cases, args.rounds, args.device)
-    for (name, precision), ms in times.items():
+    for (name, precision, how), (ms, memory) in times.items():
         inference = name.startswith("inference")
         base = f"inference, unpruned, {name.split(', ')[-1]}" if inference else "training"
-        ratio = ms / times[base, precision]
-        rows.append({"case": name, "precision": precision, "ms": ms, "to": base, "ratio": ratio})
-        print(printable(f"{precision}  {name:<48}{ms:>10.2f} ms {ratio:>7.3f} x {base}"))
+        ratio = ms / times[base, precision, args.how[0]][0]
+        rows.append({"case": name, "precision": precision, "how": how, "ms": ms, "to": base,
+                     "ratio": ratio, "memory_mb": memory})
+        held = f"{memory:>9.0f} MB" if memory else ""
+        text = f"{precision} {how:<9}{name:<46}{ms:>9.2f} ms {ratio:>7.3f} x {base}{held}"
+        print(printable(text))
     for name, shape in shapes.items():
         macs[name] = tas.count_macs(shape) / tas.count_macs(space.full)
         print(printable(f"MACs  {name:<48}{macs[name]:>21.3f} x unpruned"))
@@ -121,6 +116,8 @@ def main(argv=None):
     flags.add_argument("--image-size", type=tas.number(int, 8, 1024), help="pixels (32 or 224)")
     flags.add_argument("--rounds", type=tas.number(int, 1, 1000), default=9)
     flags.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    flags.add_argument("--how", nargs="+", choices=("eager", "graphs", "compiled"),
+                       default=["eager"])
     flags.add_argument("--candidates", nargs="+", type=tas.number(int, 1, 8), help="(2 and all)")
     flags.add_argument("--device", default="auto", help="cpu, cuda, ...")
     flags.add_argument("--json", metavar="FILE", help="write the times, too")

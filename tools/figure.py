@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tas
 from command import printable
-from trajectory import draw_search, draw_sizes
+from trajectory import draw_search, draw_searches, draw_sizes
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#bcbd22",
            "#17becf")
@@ -93,17 +93,21 @@ def draw_trainings(part, groups):
     part.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False,
                 fontsize="small")
 
-def draw(groups, search, path):
-    """Write the PNG of rows, lists of Finished trainings, and of a Finished search, or of what
-    there is of them."""
+def draw(groups, searches, path):
+    """Write the PNG of rows, lists of Finished trainings, and of the first of Finished searches, or
+    of what there is of them; without trainings, of all searches against each other."""
     import matplotlib
     from matplotlib.figure import Figure
     # Names may have dollar signs, which are no formulas, and letters that the font lacks.
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        search = searches[0] if searches else None
         height = 8.5 if search else 5
         figure, buffer = Figure(figsize=(14, height), layout="constrained"), io.BytesIO()
         top = figure
+        if len(searches) > 1 and not groups:
+            draw_searches(figure, searches)
+            search = None
         if search:
             top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
             draw_sizes(bottom, search)

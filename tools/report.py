@@ -18,6 +18,7 @@ from command import markdown, printable, run, warn
 from events import write_events
 from figure import draw
 from finished import MISSING, group_trainings, read_run
+from trajectory import search_rows
 
 PAPER = tas.read_json(Path(__file__).with_name("paper.json"))
 
@@ -99,7 +100,10 @@ def report(args):
     parent = os.path.relpath(parent)
     groups = group_trainings(runs)
     others = published(groups)
+    searches = [each for each in runs if each.searched]
     text = "No network has been trained yet.\n"
+    if searches and not groups:
+        text += f"\n{table(search_rows(searches))}"
     if groups:
         text = table([row(group, parent, others) for group in groups])
         text += ("\nAccuracy is that of the last epoch on the test images, mean ± standard "
@@ -109,8 +113,7 @@ def report(args):
     if others:
         text += f"\nTranscribed, not measured here: {PAPER['source']}.\n\n{table(others)}"
     tas.write_file(out / "report.md", text.encode())
-    searches = [each for each in runs if each.searched]
-    draw(groups, searches[0] if searches else None, out / "report.png")
+    draw(groups, searches, out / "report.png")
     print(f"{text}\n{printable(out / 'report.md')}, {printable(out / 'report.png')}")
     if args.tensorboard:
         write_events(runs, parent, out / "tensorboard")

@@ -225,6 +225,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(tas, "save_tensors", save_tensors)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t, *_: t)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
     clear_caches()
     benchmark = torch.backends.cudnn.benchmark
     torch.__future__.set_swap_module_params_on_conversion(True)  # set_data cannot change the type

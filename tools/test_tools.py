@@ -1,5 +1,6 @@
 """Properties of the tools. What a result is compared with is computed plainly in the test."""
 
+import collections
 import dataclasses
 import hashlib
 import html
@@ -35,9 +36,12 @@ import describe
 import export
 import figure
 import finished
+import latency
+import layers
 import predict
 import report
 import tas
+import timing
 import trajectory
 import weights
 
@@ -46,7 +50,7 @@ torch.set_num_threads(1)  # small tensors: sharing them out would take longer th
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=100, database=None,
                     suppress_health_check=[HealthCheck.function_scoped_fixture,
                                            HealthCheck.too_slow])
-SCRIPTS = "bench", "describe", "export", "predict", "report", "weights"
+SCRIPTS = "bench", "describe", "export", "latency", "predict", "report", "weights"
 CHEAP = "--data folder --image-size 8 --batch-size 6 --workers 0 --precision fp32 --quiet"
 SIZE = 8  # pixels
 
@@ -405,13 +409,13 @@ def test_medians_of_functions_that_take_turns(monkeypatch, milliseconds):
             calls.append(i)
         return function
 
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-    found = bench.medians({i: make(i) for i in range(3)}, len(milliseconds) - 2,
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    found = timing.medians({i: make(i) for i in range(3)}, len(milliseconds) - 2,
                           torch.device("cpu"))
     assert calls == [0, 1, 2] * len(milliseconds)
     for i in range(3):
         expected = statistics.median([row[i] for row in milliseconds[2:]])
-        assert found[i] == pytest.approx(expected)
+        assert found[i] == (pytest.approx(expected), None)
 
 def test_bench(world, tmp_path, capsys):
     shape = world / "runs" / "search"
@@ -432,13 +436,14 @@ def test_bench(world, tmp_path, capsys):
         base = f"inference, unpruned, batch {n}" if case.startswith("inference") else "training"
         assert row["to"] == base
         assert row["ratio"] == pytest.approx(row["ms"] / times[base, precision]) and row["ms"] > 0
-        assert re.search(rf"^{precision} +{re.escape(case)} +{row['ms']:.2f} ms +"
+        assert row["how"] == "eager" and row["memory_mb"] is None
+        assert re.search(rf"^{precision} eager +{re.escape(case)} +{row['ms']:.2f} ms +"
                          rf"{row['ratio']:.3f} x {base}$", out, re.M)
     left = tas.Shape.load(shape)
     ratio = tas.count_macs(left) / tas.count_macs(tas.Shape.unpruned("resnet20", 10, SIZE))
     assert found["macs_ratio"] == {"unpruned": 1.0, str(shape): pytest.approx(ratio)}
 
-def test_bench_times_what_it_says(monkeypatch):
+def test_bench_times_what_it_says(monkeypatch, capsys):
     """A round trains the weights, then the sizes, each under a sample of so many candidates; a
     forward pass is of a network in eval mode."""
     seen, cases = [], {}
@@ -458,26 +463,34 @@ def test_bench_times_what_it_says(monkeypatch):
 
     def keep(functions, *_):
         cases.update(functions)
-        return {name: 1.0 for name in functions}
+        return {name: (1.0, 2e3) for name in functions}
 
     step, sample_sizes, drawn = tas.take_step, tas.sample_sizes, []
     monkeypatch.setattr(tas, "take_step", look)
     monkeypatch.setattr(tas, "sample_sizes", draw)
     monkeypatch.setattr(bench, "medians", keep)
-    assert bench.main("resnet20 --batch-size 4 --image-size 8 --precision fp32".split()) == 0
-    cases["training", "fp32"]()
+    line = "resnet20 --batch-size 4 --image-size 8 --precision fp32 --how eager compiled graphs"
+    assert bench.main(line.split()) == 0
+    hows = collections.Counter(how for name, _, how in cases if "inference" not in name)
+    assert hows == {"eager": 4, "compiled": 3, "graphs": 3} and len(cases) == 10 + 4
+    assert capsys.readouterr().out.count("2000 MB") == len(cases)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
+    bench.main(line.split())
+    assert compiled == [tas.training_loss] + 2 * [tas.search_loss, tas.architecture_loss]
+    cases["training", "fp32", "eager"]()
     assert seen == [(False, False)] and drawn == []
     for k in (2, 8):
         seen.clear(), drawn.clear()
-        cases[f"search round, {k} candidates", "fp32"]()
+        cases[f"search round, {k} candidates", "fp32", "eager"]()
         assert seen == [(False, False), (True, True)] and drawn == [k, k]
     seen.clear()
     for name in ("unpruned", "uniform"):
-        one = cases[f"inference, {name}, batch 1", "fp32"]()
-        all_four = cases[f"inference, {name}, batch 4", "fp32"]()
+        one = cases[f"inference, {name}, batch 1", "fp32", "eager"]()
+        all_four = cases[f"inference, {name}, batch 4", "fp32", "eager"]()
         assert all_four.shape == (4, 10) and not all_four.requires_grad
         torch.testing.assert_close(one, all_four[:1])  # in eval mode
-    x, y = cases["batching, augmentation", "fp32"]()
+    x, y = cases["batching, augmentation", "fp32", "eager"]()
     assert x.shape == (4, 3, SIZE, SIZE) and len(y) == 4 and seen == []
 
 def test_bench_of_what_it_cannot(world, capsys):
@@ -774,7 +787,7 @@ def test_report_of_trainings_or_of_a_search_alone(world, tmp_path, capsys):
         shutil.copytree(world / "runs" / part, tmp_path / part / "run")
         assert report.main([str(tmp_path / part)]) == 0
         found = tables((tmp_path / part / "report.md").read_text())
-        assert len(found) == (part == "teacher") and (not found or len(found[0]) == 1)
+        assert len(found) == 1 and len(found[0]) == 1
         heights.append(Image.open(tmp_path / part / "report.png").height)
     assert heights[0] < heights[1]
 
@@ -869,6 +882,90 @@ def test_legends_tell_rows_apart(world):
     groups = [[run], [changed(run, arch="resnet32")], [changed(run, data="x\n")]]
     assert figure.name_series(groups) == [
         "resnet20 on insects: tas", "resnet32 on insects: tas", r"resnet20 on x\n: tas"]
+
+def test_searches_alone_are_drawn_over_each_other(world, tmp_path, capsys, monkeypatch):
+    for name in ("one", "two"):
+        shutil.copytree(world / "runs/search", tmp_path / name / "search")
+    info = tas.read_json(tmp_path / "two/search/run.json")
+    info["settings"]["align"] = "pad"
+    (tmp_path / "two/search/run.json").write_text(json.dumps(info))
+    drawn, plain = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda part, *rest, **more: drawn.append(part) or plain(
+        part, *rest, **more))
+    assert report.main([str(tmp_path)]) == 0
+    lines = [json.loads(line) for line in
+             (tmp_path / "one/search/metrics.jsonl").read_text().splitlines()]
+    [part] = drawn
+    assert [text.get_text() for text in part.legends[0].get_texts()] == ["one", "two"]
+    names = "argmax_macs", "val_accuracy", "width_discrepancy", "depth_discrepancy"
+    for axis, name in zip(part.axes, names, strict=True):
+        scale = info["settings"]["target"] if name == "argmax_macs" else 1
+        values = pytest.approx([line[name] / scale for line in lines])
+        assert [list(curve.get_ydata()) for curve in axis.get_lines()] == [values, values]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 3 and all(f"{lines[-1]['val_accuracy']:.2f}" in row for row in rows[1:])
+    assert rows[1].startswith("| one | resnet20 | tas") and "align pad" in rows[2]
+
+# ---- latency ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arch", ["resnet20", "resnet164", "resnet18"])
+def test_the_layers_are_those_of_the_network(arch):
+    """One after the other they do what the network does, at any sizes."""
+    torch.manual_seed(0)
+    space = tas.Space(arch, 7, 20)
+    shape = tas.draw_shape(space, tas.count_macs(space.full) / 2)
+    whole = tas.ResNet(shape).eval()
+    parts = [whole.conv1, *[m for layer in whole.layers for block in layer for m in
+                            (*[getattr(block, f"conv{i + 1}") for i in range(block.num_convs)],
+                             block)], whole.fc]
+    described = [d for d, layer in zip(layers.describe_layers(space), tas.network_layers(
+        space.arch, 20, 7), strict=True) if layer.block < len(shape.stages[layer.stage])]
+    seen = {}
+    for part in parts:
+        part.register_forward_hook(lambda m, x, y: seen.update({m: (x[0].shape, y.shape)}))
+    whole(torch.zeros(2, 3, 20, 20))
+    for part, (kind, kernel, strides, size) in zip(parts, described, strict=True):
+        shape_in, shape_out = seen[part]
+        if kind != "classifier":
+            assert shape_in[-1] == size
+        if isinstance(part, tas.Block):
+            assert kind == "shortcut" and strides == tuple(
+                getattr(part, f"conv{i + 1}").stride[0] for i in range(part.num_convs))
+        elif kind != "classifier":
+            assert part.kernel_size == (kernel, kernel) and part.stride == strides * 2
+        args = SimpleNamespace(device=torch.device("cpu"), precision="fp32")
+        x = torch.randn(2, shape_in[1], size, size)
+        layers.make_case(args, space, (kind, kernel, strides, size), x, shape_out[1])()
+
+def test_latency_of_an_arch(tmp_path, capsys, monkeypatch):
+    """Resumable; the check, the search and the figure use what was measured."""
+    line = f"resnet20 --image-size 8 --batch-size 2 --rounds 1 --precision fp32 -o {tmp_path}/t.json"
+    plain, measured = latency.medians, []
+
+    def medians(functions, *rest):
+        if len(measured) == 9:
+            raise KeyboardInterrupt
+        measured.append(list(functions))
+        return plain(functions, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latency, "medians", medians)
+        assert latency.main(line.split()) == 130
+    kept = tas.read_json(tmp_path / "t.json")["cases"]
+    assert len(kept) == sum(map(len, measured)) > 0
+    assert latency.main(line.split()) == 0
+    found, space = tas.read_json(tmp_path / "t.json"), tas.Space("resnet20", 10, 8)
+    assert kept.items() <= found["cases"].items() and found["unit"] == "ms"
+    space.load_cost(tmp_path / "t.json")
+    stem = ("stem", 3, (1,), 8)
+    assert space.cost[0, 0].tolist() == [found["cases"][f"{stem} 3 {c}"] for c in space.widths[0]]
+    conv = ("conv", 3, (2,), 8)
+    assert space.cost[10, 2, 5] == found["cases"][f"{conv} {space.widths[6][2]} {space.widths[7][5]}"]
+    assert min(found["cases"].values()) > 0 and len(found["check"]["measured"]) == 20
+    assert Image.open(tmp_path / "t.png").size == (550, 550)
+    assert "correlation" in capsys.readouterr().out
+    assert latency.main(f"{line} --batch-size 3".split()) == 2
+    assert "batch_size" in capsys.readouterr().err
 
 # ---- Weights from elsewhere ---------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
-"""The part of the report's figure that shows one search: its trajectory, and the found sizes."""
+"""The parts of the report's figure that show searches: one with the found sizes, or many compared."""
 
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -38,6 +39,52 @@ def draw_search(part, search):
     add_legend(macs)
     add_legend(decided)
     part.suptitle("the search of the sizes below", fontsize="medium")
+
+def short_names(searches):
+    """Directories of searches, below the one that all share and without "search" at the end."""
+    paths = [Path(search.path).resolve() for search in searches]
+    paths = [path.parent if path.name == "search" else path for path in paths]
+    parent = os.path.commonpath([path.parent for path in paths])
+    return [os.path.relpath(path, parent) for path in paths]
+
+def search_rows(searches):
+    """A dict for each search: what it found, and its last metrics."""
+    rows = []
+    for name, search in zip(short_names(searches), searches):
+        last = search.lines[-1]
+        rows.append({
+            "run": name, "arch": search.shape.arch, "size found by": search.method,
+            "MACs": f"{search.macs / 1e6:.2f}M", "of the target": f"{search.macs / search.target:.1%}",
+            "most probable network, of the target": f"{last['argmax_macs'] / search.target:.1%}",
+            "accuracy of sampled networks %": f"{last['val_accuracy']:.2f}",
+            "first minus second probability, widths": f"{last['width_discrepancy']:.3f}",
+            "depths": f"{last['depth_discrepancy']:.3f}"})
+    return rows
+
+def draw_searches(figure, searches):
+    """Searches over each other: MACs against the target, how decided the sizes are, and accuracy of
+    the sampled networks, over the epochs."""
+    import matplotlib
+    axes = figure.subplots(2, 2, sharex=True)
+    names = {"argmax_macs": "MACs of the most probable (of the target)",
+             "val_accuracy": "accuracy of sampled networks,\nvalidation half (%)",
+             "width_discrepancy": "widths: first minus second\nprobability",
+             "depth_discrepancy": "depths: first minus second\nprobability"}
+    colors = matplotlib.colormaps["tab10"].colors
+    for axis, (name, label) in zip(axes.flat, names.items()):
+        for i, (run, search) in enumerate(zip(short_names(searches), searches)):
+            scale = 1 / search.target if name == "argmax_macs" else 1
+            plot(axis, search.lines, name, scale, color=colors[i % 10], marker="osv^D"[i // 10 % 5],
+                 label=printable(run)[:60])
+        axis.set_ylabel(label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    first = searches[0]
+    axes[0, 0].axhspan(1 - first.tolerance, 1 + first.tolerance, color=UNPRUNED, zorder=0)
+    for axis in axes[1]:
+        axis.set_xlabel("epoch of the search")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False,
+                  fontsize="small")
 
 def draw_sizes(part, search):
     """Found widths over the unpruned ones, conv by conv."""
