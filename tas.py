@@ -1938,8 +1938,11 @@ def command_prune(args):
                            init=args.init))
     for target in targets:
         command_search(search_part(target))
-        command_train(part("train", name("pruned", target), shape=base / name("search", target),
-                           teacher=teacher, transfer=transfer, more_follows=target != targets[-1]))
+        last = part("train", name("pruned", target), shape=base / name("search", target),
+                    teacher=teacher, transfer=transfer, more_follows=len(targets) > 1)
+        command_train(last)
+    if len(targets) > 1 and not last.rank:
+        print(printable(f"next: python tools/report.py {base}"))
 
 def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
@@ -2000,10 +2003,9 @@ def build_parser():
                                      help="in the place of --epochs")
         if name in ("train", "prune"):
             command.add_argument("--teacher", help="directory of the trained unpruned network")
-            command.add_argument("--init", help="directory of weights to start from; in prune, "
-                                 "those of the teacher")
+            command.add_argument("--init", help="directory of weights to start from")
             command.add_argument("--transfer", choices=TRANSFERS,
-                                 help="with a teacher kd: distil; init: copy its first channels")
+                                 help="kd: distil; init: copy channels")
             command.add_argument("--kd-weight", type=number(float, 0, 1), default=KD_WEIGHT,
                                  help="of the soft term")
             command.add_argument("--kd-temperature", type=number(float, 0.01, 1000),
@@ -2027,7 +2029,7 @@ def add_data_options(command):
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="of everything random")
     add("--device", default="auto", help="cpu, cuda, ...; auto: cuda where there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="auto: bf16 where it is native; fp32 is TF32 on CUDA")
+        help="auto: bf16 where native; fp32: TF32 on CUDA")
 
 def add_training_options(command):
     """Options of all commands that train."""
@@ -2043,16 +2045,15 @@ def add_training_options(command):
 def add_search_options(command):
     """Options of the search, the paper's ablations among them."""
     add = command.add_argument
-    add("--flops", default=FLOPS, help="MACs: fraction of the unpruned, or such as 59.5M; prune "
-        "takes several, 0.5,0.3")
-    add("--cost", help="JSON of another cost than MACs for each layer, with --budget")
-    add("--budget", help="of --cost: fraction of the unpruned, or such as 3.5ms")
+    add("--flops", default=FLOPS, help="MACs, 59.5M or a fraction; prune: several, 0.5,0.3")
+    add("--cost", help="JSON of other costs than MACs")
+    add("--budget", help="of --cost: a fraction, or 3.5ms")
     add("--tolerance", type=number(float, 0.001, 0.5), default=TOLERANCE, help="part of the target")
     add("--round", type=number(int, 1, 64), default=1, help="widths in multiples of this")
     add("--arch-lr", type=number(float, 1e-9, 1e9), help="59 / steps, within 1e-3 and 0.05")
     add("--search", choices=("both", "width", "depth"), default="both", help="what is searched")
     add("--method", choices=("tas", "random", "uniform"), default="tas",
-        help="random: any sizes; uniform: one factor for all widths")
+        help="uniform: one factor for all widths")
     add("--cost-weight", type=number(float, 0, 1e6), default=COST_WEIGHT, help="of the cost loss")
     add("--tau-start", type=number(float, 1e-3, 100), default=TAU_START, help="temperature")
     add("--tau-end", type=number(float, 1e-3, 100), default=TAU_END, help="temperature at the end")

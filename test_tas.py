@@ -2512,7 +2512,8 @@ def test_a_search_under_another_cost(root, tmp_path, capfd):
     cost = write_costs(tmp_path / "cost.json", space, 1)
     full = slow_cost(space, space.full, cost)
     line = SEARCH + " --cost {tmp}/cost.json --out {tmp}/"
-    for name, budget, target in (("share", "0.7", 0.7 * full), ("unit", f"{0.8 * full:.3f}mJ", 0.8 * full)):
+    for name, budget, target in (("share", "0.7", 0.7 * full),
+                                 ("unit", f"{0.8 * full:.3f}mJ", 0.8 * full)):
         assert run(f"{line}{name} --budget {budget}", root=root, tmp=tmp_path) == 0
         found = slow_cost(space, tas.Shape.load(tmp_path / name), cost)
         assert abs(found / target - 1) <= 0.05

@@ -939,7 +939,8 @@ def test_the_layers_are_those_of_the_network(arch):
 
 def test_latency_of_an_arch(tmp_path, capsys, monkeypatch):
     """Resumable; the check, the search and the figure use what was measured."""
-    line = f"resnet20 --image-size 8 --batch-size 2 --rounds 1 --precision fp32 -o {tmp_path}/t.json"
+    line = f"resnet20 --image-size 8 --batch-size 2 --rounds 1 --precision fp32 -o {tmp_path}/"
+    line += "t.json"
     plain, measured = latency.medians, []
 
     def medians(functions, *rest):
@@ -960,7 +961,8 @@ def test_latency_of_an_arch(tmp_path, capsys, monkeypatch):
     stem = ("stem", 3, (1,), 8)
     assert space.cost[0, 0].tolist() == [found["cases"][f"{stem} 3 {c}"] for c in space.widths[0]]
     conv = ("conv", 3, (2,), 8)
-    assert space.cost[10, 2, 5] == found["cases"][f"{conv} {space.widths[6][2]} {space.widths[7][5]}"]
+    c_in, c_out = space.widths[6][2], space.widths[7][5]
+    assert space.cost[10, 2, 5] == found["cases"][f"{conv} {c_in} {c_out}"]
     assert min(found["cases"].values()) > 0 and len(found["check"]["measured"]) == 20
     assert Image.open(tmp_path / "t.png").size == (550, 550)
     assert "correlation" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The parts of the report's figure that show searches: one with the found sizes, or many compared."""
+"""The parts of the report's figure that show searches: one with its sizes, or many compared."""
 
 import itertools
 import os
@@ -54,7 +54,8 @@ def search_rows(searches):
         last = search.lines[-1]
         rows.append({
             "run": name, "arch": search.shape.arch, "size found by": search.method,
-            "MACs": f"{search.macs / 1e6:.2f}M", "of the target": f"{search.macs / search.target:.1%}",
+            "MACs": f"{search.macs / 1e6:.2f}M",
+            "of the target": f"{search.macs / search.target:.1%}",
             "most probable network, of the target": f"{last['argmax_macs'] / search.target:.1%}",
             "accuracy of sampled networks %": f"{last['val_accuracy']:.2f}",
             "first minus second probability, widths": f"{last['width_discrepancy']:.3f}",
