@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import stat
 import sys
@@ -1570,7 +1571,8 @@ class Run:
         disable = True if self.silent else None  # None: without a terminal
         self.bar = self.bar or tqdm(total=count * self.args.epochs, initial=count * epoch,
                                     unit="step", dynamic_ncols=True, disable=disable)
-        self.bar.set_description(f"{self.path.name}, epoch {epoch + 1} of {self.args.epochs}")
+        self.bar.set_description(
+            printable(f"{self.path.name}, epoch {epoch + 1} of {self.args.epochs}"))
         for i, batch in zip(range(count * epoch, count * (epoch + 1)), batches):
             require(self.args.world == 1 or os.getppid() == self.launcher,
                     "the launcher of this process is gone")
@@ -1597,8 +1599,8 @@ class Run:
             self.last = f", {self.settings['unit']} {ratio:.1%} of the target"
         if self.bar.disable and not self.silent:
             values = [f"{name} {value:.5g}" for name, value in line.items() if name != "epoch"]
-            print(f"{self.path.name} {line['epoch']}/{self.args.epochs}:", ", ".join(values),
-                  flush=True)
+            print(printable(f"{self.path.name} {line['epoch']}/{self.args.epochs}: ")
+                  + ", ".join(values), flush=True)
 
     def finish(self, final, metrics, **result):
         """Write the final Shape and the result."""
@@ -1978,12 +1980,14 @@ def number(kind, low, high):
 
 def build_parser():
     """The command line."""
-    parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).")
+    parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).",
+                    allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for function in (command_train, command_search, command_prune, command_eval):
         name = function.__name__.removeprefix("command_")
         command = commands.add_parser(
             name, help=function.__doc__, description=function.__doc__, usage="%(prog)s [options]",
+            allow_abbrev=False,
             formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter,
                                               max_help_position=36))
         command.set_defaults(function=function, more_follows=False)
@@ -2087,7 +2091,7 @@ def main(argv=None):
     try:
         require_values(argv)
         args = build_parser().parse_args(argv)
-        args.line = " ".join(["python tas.py", *argv])
+        args.line = shlex.join(["python", "tas.py", *argv])
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         args.function(args)
     except TASError as error:  # its last part, when a worker process raised it

@@ -20,6 +20,7 @@ import pickle
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -2354,6 +2355,19 @@ def test_memory_of_the_search(tmp_path):
         assert status == [0] and seen["steps"] == 4
         growth[command] = seen["memory"][-1] - seen["memory"][0]  # KB
     assert 1e5 < growth["train"] and growth["search"] <= 1.5 * growth["train"]
+
+def test_what_is_recorded_and_printed_of_odd_names(root, tmp_path, capfd):
+    """The command can be typed again; nothing that is printed moves the cursor."""
+    name = "a b\x1b[2J'c\n"
+    words = TRAIN.format(root=root).split() + ["--epochs", "1", "--out", f"{tmp_path}/{name}"]
+    assert tas.main(words) == 0
+    out, err = capfd.readouterr()
+    assert "\x1b" not in out + err and "a b\\x1b[2J'c\\n" in out and "1/1: " in out
+    line = tas.read_json(tmp_path / name / "run.json")["command"]
+    assert shlex.split(line) == ["python", "tas.py", *words]
+
+def test_flags_are_written_out(root, capfd):
+    check_refused(capfd, root, f"train {ONE} --arch resnet20 --weight 0.1", "--weight")
 
 # ---- Switches -----------------------------------------------------------------------------------
 

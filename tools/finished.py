@@ -4,8 +4,10 @@ A run is what `tas.py train` or `search` leaves in a directory. Runs of other ve
 entry; what is missing is None or "not recorded" here.
 """
 
+import contextlib
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +42,10 @@ def read_lines(path, names):
 def argument(info, flag):
     """Name of the file or folder that a flag of the recorded command gives; "" without one."""
     found = re.search(rf" {flag}[ =](.+?)(?= --|$)", str(info.get("command")), re.DOTALL)
-    return Path(found[1]).name if found else ""
+    text = found[1] if found else ""
+    with contextlib.suppress(ValueError):  # older runs have no quotation marks
+        text = shlex.split(text)[0] if text.startswith("'") else text
+    return Path(text).name
 
 def unusual(command, settings, *but):
     """The settings, `but` for some, that differ from the defaults of a command, in words."""
