@@ -1257,6 +1257,7 @@ class Step:
             graph.replay()
             return result.clone()
 
+        torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):  # as a capture wants its warm-up
             expected = two(step)
         torch.cuda.synchronize()
