@@ -906,6 +906,34 @@ def test_searches_alone_are_drawn_over_each_other(world, tmp_path, capsys, monke
     assert len(rows) == 3 and all(f"{lines[-1]['val_accuracy']:.2f}" in row for row in rows[1:])
     assert rows[1].startswith("| one | resnet20 | tas") and "align pad" in rows[2]
 
+# ---- gpu_check ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fails", ["", "bench.py"])
+def test_the_plan_of_the_gpu_check(tmp_path, fails):
+    """Each command is understood; a part that fails is told."""
+    stub = tmp_path / "python"
+    stub.write_text(f"""#!/bin/bash
+[ "$1" = - ] && exec {sys.executable} "$@"
+echo "$@" >> {tmp_path}/commands
+[ -z "{fails}" ] || [[ "$*" != *{fails or "nothing"}* ]]
+""")
+    stub.chmod(0o755)
+    names = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": f"{tmp_path}/out", "EPOCHS": "3"}
+    done = subprocess.run(["bash", str(HERE / "gpu_check.sh")], env=os.environ | names, text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == bool(fails), done
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert {name: part["status"] for name, part in result.items()} == {
+        "tests.status": 0, "bench.status": int(bool(fails)), "prune.status": 0, "ddp.status": 0}
+    commands = [line.split() for line in (tmp_path / "commands").read_text().splitlines()]
+    assert len(commands) == (8 if fails else 10)
+    for program, *words in commands:
+        if "tas.py" in (program, *words[:4]):
+            words = [program, *words][[program, *words].index("tas.py") + 1:]
+            assert tas.build_parser().parse_args(words).device == "cuda"
+        elif program != "-m":
+            assert (HERE.parent / program).is_file() and words[0] in tas.ARCHS
+
 # ---- latency ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arch", ["resnet20", "resnet164", "resnet18"])
