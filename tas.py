@@ -1666,8 +1666,8 @@ def load(path, trained=False):
     be `trained`, a new one of a shape file."""
     weights, trained = Path(path, "weights.pt"), trained or os.path.isdir(path)
     require(weights.exists() or not trained,
-            f"{path} has no weights.pt; give the directory of a finished train, or make one of other "
-            "weights with tools/weights.py")
+            f"{path} has no weights.pt; give the directory of a finished train, or make one with "
+            "tools/weights.py")
     net = ResNet(Shape.load(path)).eval()
     if trained:
         with errors_as(f"{weights} does not fit the shape.json beside it"):
