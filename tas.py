@@ -1598,10 +1598,14 @@ class Run:
         else:
             ratio = line["argmax_macs"] / self.settings["target"]
             self.last = f", {self.settings['unit']} {ratio:.1%} of the target"
+        # An epoch of a later part of `prune` takes about as long.
+        minutes = line["seconds"] * (self.args.epochs - line["epoch"] + self.args.later) / 60
+        self.last += (f", lr {line['lr']:.3g}, {line['images_per_second']:.0f} images/s, "
+                      f"{line['memory_mb']:.0f} MB, {minutes:.0f} min left in all")
         if self.bar.disable and not self.silent:
             values = [f"{name} {value:.5g}" for name, value in line.items() if name != "epoch"]
             print(printable(f"{self.path.name} {line['epoch']}/{self.args.epochs}: ")
-                  + ", ".join(values), flush=True)
+                  + f"{', '.join(values)}, {minutes:.0f} min left in all", flush=True)
 
     def finish(self, final, metrics, **result):
         """Write the final Shape and the result."""
@@ -1924,8 +1928,9 @@ def command_prune(args):
     def name(step, target):  # of a directory
         return step if len(targets) == 1 else f"{step}-{target}"
 
-    def search_part(target):
-        return part("search", name("search", target), args.search_epochs, flops=target)
+    def search_part(target, later=0):
+        return part("search", name("search", target), args.search_epochs, flops=target,
+                    later=later)
 
     for target in targets:  # all that can go wrong, before hours of training
         planned = search_part(target)
@@ -1933,17 +1938,22 @@ def command_prune(args):
         for step in ("teacher", name("search", target), name("pruned", target)):
             if not (base / step / "run.json").exists():
                 require_new(base / step)
+    usual = LARGE_EPOCHS if planned.image_size > LARGEST_IN_MEMORY else TRAIN_EPOCHS
+    distilling = args.epochs or usual
+    later = len(targets) * (planned.epochs + distilling)  # epochs after the teacher's
     teacher = args.teacher
     if teacher:
         measure_teacher(planned, data, load_teacher(args, space.full))
     elif transfer != "none":
         teacher = base / "teacher"
         command_train(part("train", "teacher", args.teacher_epochs, transfer="none",
-                           init=args.init))
+                           init=args.init, later=later))
     for target in targets:
-        command_search(search_part(target))
+        later -= planned.epochs
+        command_search(search_part(target, later=later))
+        later -= distilling
         last = part("train", name("pruned", target), shape=base / name("search", target),
-                    teacher=teacher, transfer=transfer, more_follows=len(targets) > 1)
+                    teacher=teacher, transfer=transfer, more_follows=len(targets) > 1, later=later)
         command_train(last)
     if len(targets) > 1 and not last.rank:
         print(printable(f"next: python tools/report.py {base}"))
@@ -1992,7 +2002,7 @@ def build_parser():
             allow_abbrev=False,
             formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter,
                                               max_help_position=36))
-        command.set_defaults(function=function, more_follows=False)
+        command.set_defaults(function=function, more_follows=False, later=0)
         if name == "eval":
             command.add_argument("dir", help="directory of a finished train")
             command.set_defaults(epochs=None, weight_decay=None)

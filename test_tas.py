@@ -2320,7 +2320,8 @@ def test_a_bar_on_a_terminal(root, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert run(SEARCH + " --out {tmp}/run", root=root, tmp=tmp_path) == 0
     bar = sys.stderr.getvalue()
-    assert re.search(r"6/6 .*loss \d+\.\d{3}, accuracy \d+\.\d%, MACs \d+\.\d% of the target", bar)
+    assert re.search(r"6/6 .*loss \d+\.\d{3}, accuracy \d+\.\d%, MACs \d+\.\d% of the target, "
+                     r"lr \S+, \d+ images/s, \d+ MB, 0 min left in all", bar)
     assert "1/3:" not in capsys.readouterr().out
 
 def test_a_reader_that_has_seen_enough(root, tmp_path):
@@ -2495,6 +2496,17 @@ def test_prune_trains_its_teacher_from_weights(root, tmp_path, capfd):
     for flags in ("--teacher {root}/other", "--transfer none"):
         check_refused(capfd, root, f"prune --arch resnet20 {ONE} --init {{root}}/other {flags}",
                       "--init")
+
+def test_the_time_that_is_left(root, tmp_path, capfd, monkeypatch):
+    """Of all parts of prune; an epoch takes two minutes here."""
+    plain = tas.resources
+    monkeypatch.setattr(tas, "resources", lambda *a: plain(*a) | {"seconds": 120.0})
+    line = PRUNE.replace("--epochs 3", "--epochs 2 --search-epochs 3") + " --flops 0.5,0.4 --out "
+    assert run(line + f"{tmp_path}/runs", root=root) == 0
+    found = re.findall(r"^(\S+) \d/\d.* (\d+) min left in all$", capfd.readouterr().out, re.M)
+    names = ["teacher"] * 2 + ["search-0.5"] * 3 + ["pruned-0.5"] * 2
+    names += ["search-0.4"] * 3 + ["pruned-0.4"] * 2
+    assert found == [(name, str(2 * (11 - i))) for i, name in enumerate(names)]
 
 @pytest.mark.parametrize("flags, expected", [
     ("--epochs 3 --search-epochs 2", (3, 2, 3)), ("--epochs 2 --teacher-epochs 1", (1, 2, 2)),
