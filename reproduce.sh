@@ -117,7 +117,7 @@ budgets() {
             row "$study" "tas-$target" "$seed" kd 15 "$target"
         done
         for target in 0.3 0.2 0.4; do
-            [ "$target" = 0.2 ] ||  # whose MACs no depths have
+            [ "$target" != 0.3 ] ||  # no depths have the MACs of the others
                 row "$study" "depth-$target" "$seed" kd 15 "$target" --search depth
             row "$study" "random-$target" "$seed" kd 15 "$target" --method random
         done
