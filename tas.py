@@ -1461,7 +1461,7 @@ def load_tensors(path):
 
 # The arguments that decide the result: of every run, of a training, of a search.
 SETTINGS = ("command", "data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
-            "precision", "world")
+            "precision", "world", "val_fraction")
 TRAIN_SETTINGS = "transfer", "kd_weight", "kd_temperature"
 SEARCH_SETTINGS = ("arch", "search", "method", "num_samples", "sampler", "align", "round",
                    "tolerance", "arch_lr", "cost_weight", "tau_start", "tau_end")
@@ -1962,6 +1962,10 @@ def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
     net = load(args.dir, trained=True)
     args.arch, args.image_size = net.shape.arch, args.image_size or net.shape.image_size
+    settings = read_info(args.dir).get("settings")
+    kept = settings.get("val_fraction", 0.0) if isinstance(settings, dict) else args.val_fraction
+    require(args.val_fraction in (0, kept), f"{args.dir} was trained with --val-fraction {kept}: "
+            "another part would have images that it was trained on")
     data = open_data(args, TRAIN_EPOCHS)
     require(len(data.classes) == net.shape.num_classes, f"{args.dir} has {net.shape.num_classes} "
             f"classes, the data {len(data.classes)}; give the --data that it was trained on")

@@ -2590,7 +2590,9 @@ def test_a_part_of_the_training_images_for_testing(tmp_path, capfd, size):
     assert tas.read_json(tmp_path / "0/run.json")["settings"]["images"].startswith("34 + 6 images")
     data = tas.load_data("folder", f"{tmp_path}/data", size, torch.device("cpu"), 0, 0.15)
     assert data.test.labels.bincount().tolist() == [3, 3]
-    assert run(f"eval {tmp_path}/0 {place} --workers 0 --val-fraction 0.15") == 0
+    evaluate = f"eval {tmp_path}/0 {place} --workers 0 --val-fraction"
+    assert run(f"{evaluate} 0.15") == 0
+    check_refused(capfd, tmp_path, f"{evaluate} 0.2", "trained with --val-fraction 0.15")
     images = []
     for split in data[:2]:
         [(x, _)] = split.batches(torch.arange(len(split.labels)), 99, False)
