@@ -1917,7 +1917,8 @@ def command_prune(args):
     Several targets, as --flops 0.5,0.3, share the teacher."""
     base, transfer = Path(args.out or base_directory(args)), args.transfer or "kd"
     targets = args.flops.split(",")
-    require(not args.init or not args.teacher and transfer != "none",
+    trains_teacher = not args.teacher and transfer != "none"
+    require(trains_teacher or not args.init,
             "--init is where the teacher starts; leave --teacher and --transfer none out")
 
     def part(command, name, epochs=None, **changes):
@@ -1944,7 +1945,7 @@ def command_prune(args):
     teacher = args.teacher
     if teacher:
         measure_teacher(planned, data, load_teacher(args, space.full))
-    elif transfer != "none":
+    elif trains_teacher:
         teacher = base / "teacher"
         command_train(part("train", "teacher", args.teacher_epochs, transfer="none",
                            init=args.init, later=later))
