@@ -102,12 +102,12 @@ def report(args):
     others = published(groups)
     searches = [each for each in runs if each.searched]
     text = "No network has been trained yet.\n"
-    if searches and not groups:
-        text += f"\n{table(search_rows(searches))}"
     if groups:
         text = table([row(group, parent, others) for group in groups])
         text += ("\nAccuracy is that of the last epoch on the test images, mean ± standard "
                  "deviation over the seeds.\n")
+    elif searches:
+        text += f"\n{table(search_rows(searches))}"
     machines = "; ".join(sorted({each.machine for each in runs}))
     text += f"\nRuns are in {markdown(parent)}. Machine: {markdown(machines)}.\n"
     if others:
@@ -123,8 +123,7 @@ def main(argv=None):
     parser = tas.Parser(prog="tools/report.py", description=__doc__.split("\n")[0])
     parser.add_argument("dirs", metavar="DIR", nargs="+", help="directories with runs in them")
     parser.add_argument("--out", metavar="DIR", help="where report.md and .png go (the first DIR)")
-    parser.add_argument("--tensorboard", action="store_true",
-                        help="write the metrics of all runs as TensorBoard events, too")
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard events, too")
     return run(parser, report, argv)
 
 if __name__ == "__main__":
