@@ -15,7 +15,6 @@ kd_loss; training: train; the search: search.
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
 import io
@@ -27,6 +26,7 @@ import platform
 import shlex
 import signal
 import stat
+import string
 import sys
 import time
 import zipfile
@@ -338,8 +338,9 @@ class Space:
     def load_cost(self, path):
         """Count another cost than MACs, of a JSON file such as tools/latency.py writes: "arch",
         "image_size", "widths" as here, "unit", and "cost" [L, K, K] in the place of that above."""
-        found, own = read_json(path), dict(arch=self.full.arch, image_size=self.full.image_size,
-                                           widths=[list(row) for row in self.widths])
+        found = read_json(path)
+        own = {"arch": self.full.arch, "image_size": self.full.image_size,
+               "widths": [list(row) for row in self.widths]}
         for name, value in own.items():
             require(found.get(name) == value, f"{path} has costs of {name} "
                     f"{str(found.get(name))[:60]}, not of {str(value)[:60]}; measure them")
@@ -358,12 +359,10 @@ class Space:
         widths = [shape.stem]
         for blocks, full in zip(shape.stages, self.full.stages):
             widths += itertools.chain(*blocks, *full[len(blocks):])  # those of dropped ones count 0
-        p = torch.zeros(len(self.widths), self.num_widths)
-        q = torch.zeros(len(self.depths), self.num_depths)
-        for row, candidates, width in zip(p, self.widths, widths):
-            row[candidates.index(width)] = 1
-        for row, candidates, blocks in zip(q, self.depths, shape.stages):
-            row[candidates.index(len(blocks))] = 1
+        width_index = [row.index(width) for row, width in zip(self.widths, widths)]
+        depth_index = [row.index(len(blocks)) for row, blocks in zip(self.depths, shape.stages)]
+        p = F.one_hot(torch.tensor(width_index), self.num_widths)
+        q = F.one_hot(torch.tensor(depth_index), self.num_depths)
         return float(expected_macs(self, p, q))
 
     def to(self, device):
@@ -887,13 +886,11 @@ TRANSFERS = {  # --transfer
 Data = NamedTuple("Data", [("train", object), ("test", object), ("classes", list)])
 
 def fingerprint(data):
-    """A checksum that tells data sets apart: of classes, labels and pixels; of large images, names
-    and sizes of files in the place of pixels."""
-    check = zlib.crc32(repr(data.classes).encode())
+    """A checksum of classes, labels and images, which tells data sets apart."""
+    parts = [data.classes]
     for split in (data.train, data.test):
-        check = zlib.crc32(repr(split.labels.tolist()).encode(), check)
-        check = zlib.crc32(split.content(), check)
-    return f"{check:08x}"
+        parts += [split.labels.tolist(), split.content]
+    return f"{zlib.crc32(repr(parts).encode()):08x}"
 
 @functools.cache
 def mean_and_std(device):
@@ -911,14 +908,10 @@ def split_batches(order, batch_size, train):
     end = len(order) - (batch_size - 1 if train else 0)
     return [order[start:start + batch_size] for start in range(0, end, batch_size)]
 
-def class_by_class(labels, seed):
-    """Indices of all images, those of a class together and shuffled."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    return order[labels.cpu()[order].argsort(stable=True)]
-
 def split_halves(labels, seed):
     """Two class-balanced halves of the training set, as index tensors (paper: 50/50 split)."""
-    order = class_by_class(labels, seed)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels.cpu()[order].argsort(stable=True)]  # class by class
     return order[0::2], order[1::2]
 
 class SmallImages:
@@ -927,12 +920,9 @@ class SmallImages:
 
     def __init__(self, images, labels, device):
         self.size, self.labels = images.shape[1], labels.to(device)
+        self.content = zlib.crc32(images.contiguous().numpy())
         pixels = F.pad(images.reshape(-1, 3), (0, 0, 0, 1))  # a black one, for what lies outside
         self.pixels = pixels.to(device)  # [N*H*W + 1, 3]
-
-    def content(self):
-        """Bytes that tell the images from others."""
-        return self.pixels.cpu().numpy().tobytes()
 
     def batches(self, order, batch_size, train, rank=0, world=1):
         """Normalised images [B, 3, H, W] and labels [B] in the given order of indices. `train`
@@ -979,12 +969,8 @@ class LargeImages(torch.utils.data.Dataset):
         self.augment = v2.Compose([
             v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
             v2.ColorJitter(COLOUR_JITTER, COLOUR_JITTER, COLOUR_JITTER), v2.PILToTensor()])
-
-    def content(self):
-        """Bytes that tell the images from others."""
-        files = [path for path, _ in self.folder.samples]
-        names = [(os.path.relpath(f, self.folder.root), os.path.getsize(f)) for f in files]
-        return repr(names).encode()
+        self.content = [(os.path.relpath(file, folder.root), os.path.getsize(file))
+                        for file, _ in folder.samples]
 
     def __getitem__(self, item):
         index, seed = item
@@ -1052,32 +1038,16 @@ def open_folder(root):
                    f"{root.parent}/val/CLASS/", OSError):  # no folder, or a class without images
         return ImageFolder(root, loader=read_image)
 
-def split_folder(folder, fraction):
-    """An ImageFolder in two, the second with this fraction of every class; always the same ones."""
-    order = class_by_class(torch.tensor(folder.targets), 0)
-    count = (torch.arange(len(order) + 1) * fraction).long()  # of the second, up to each image
-    second = count[1:] > count[:-1]
-    parts = []
-    for mask in (~second, second):
-        part = copy.copy(folder)
-        part.samples = [folder.samples[i] for i in order[mask].tolist()]
-        part.targets = [label for _, label in part.samples]
-        parts.append(part)
-    return parts
-
-def open_folders(root, val_fraction):
-    """The ImageFolders root/train and root/test or, without test, root/val; without either, parts
-    of root/train."""
+def open_folders(root):
+    """The ImageFolders root/train and root/test or, without test, root/val."""
     train = open_folder(root / "train")
     tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
-    require(tests or val_fraction, f"{root} has neither test/ nor val/; make one, or let "
-            "--val-fraction 0.1 keep a tenth of each class of train/ for testing")
-    require(not tests or not val_fraction, f"--val-fraction: {root} has test images")
-    train, test = (train, open_folder(tests[0])) if tests else split_folder(train, val_fraction)
-    odd = set(train.classes) ^ set(test.classes)
-    why = f"only one has: {', '.join(sorted(odd))[:80]}" if odd else "there is one class only"
+    require(tests, f"{root} has neither test/ nor val/; make one, or let python tools/split.py "
+            f"{root} keep a tenth of each class of train/ for testing")
+    test = open_folder(tests[0])
+    odd = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
     require(not odd and len(train.classes) > 1, f"{train.root} and {test.root} must have the same "
-            f"class folders, two or more; {why}")
+            f"class folders, two or more; {f'only one has {odd[:80]}' if odd else 'it is one class'}")
     return train, test
 
 def read_all(folder, size, workers):
@@ -1089,17 +1059,16 @@ def read_all(folder, size, workers):
     return images.permute(0, 2, 3, 1), labels
 
 @functools.lru_cache(maxsize=1)
-def load_data(name, root, image_size, device, workers, val_fraction=0.0):
+def load_data(name, root, image_size, device, workers):
     """The Data of --data; raises TASError for what is missing, empty, unreadable, inconsistent."""
     if name in ("imagenet", "folder"):
-        folders = open_folders(Path(root), val_fraction)
+        folders = open_folders(Path(root))
         classes = folders[0].classes
         if image_size > LARGEST_IN_MEMORY:
             return Data(*[LargeImages(f, image_size, device, workers) for f in folders], classes)
         splits = [read_all(folder, image_size, workers) for folder in folders]
     elif image_size != CIFAR_SIZE:
-        raise TASError(f"{name} has images of 32 pixels; leave --image-size out or use it with "
-                       "--data folder")
+        raise TASError(f"{name} has images of 32 pixels; leave --image-size out")
     elif name == "synthetic":
         splits = [make_synthetic(count, seed) for count, seed in zip(SYNTHETIC_IMAGES, (1, 2))]
         classes = list("0123456789")
@@ -1135,11 +1104,7 @@ def set_learning_rate(optimizer, step, steps, warmup, highest):
     """Of a step: a linear rise over the first `warmup` of the `steps`, then a cosine to 0."""
     share = (step - warmup) / (steps - warmup)
     factor = min(1, (step + 1) / warmup) if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
-    group = optimizer.param_groups[0]
-    if isinstance(group["lr"], torch.Tensor):  # where a captured step reads it
-        group["lr"].fill_(highest * factor)
-    else:
-        group["lr"] = highest * factor
+    optimizer.param_groups[0]["lr"] = highest * factor
 
 def gumbel_temperature(epoch, epochs, start=TAU_START, end=TAU_END):
     """Gumbel temperature tau of an epoch, linear over the epochs."""
@@ -1188,84 +1153,6 @@ def take_step(args, net, optimizer, loss_function, *inputs):
     optimizer.step()
     accuracy = 100 * (logits.argmax(1) == inputs[-1]).double().mean()
     return torch.stack([loss.detach().double(), accuracy])
-
-@contextlib.contextmanager
-def without_trace(net, optimizer, device):
-    """Undo what is done inside: to parameters, buffers, the optimiser's state, random numbers."""
-    def tensors():
-        moments = itertools.chain(*[state.values() for state in optimizer.state.values()])
-        return [*net.parameters(), *net.buffers(), *filter(torch.is_tensor, moments)]
-
-    before = {tensor: tensor.detach().clone() for tensor in tensors()}
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        with torch.no_grad():
-            for tensor in tensors():  # a new one is a moment, for which 0 is as good as nothing
-                tensor.copy_(before[tensor] if tensor in before else torch.zeros_like(tensor))
-
-class Step:
-    """take_step as a function of the batch alone, compiled with --compile on, and on one GPU
-    captured: from its second call on it is then a single launch. Where either fails, one warning
-    and the step as it is."""
-
-    def __init__(self, args, net, optimizer, loss_function, *inputs):
-        self.given = args, net, optimizer
-        self.step = self.plain = functools.partial(
-            take_step, args, net, optimizer, loss_function, *inputs)
-        self.captures = args.graphs == "auto" and args.device.type == "cuda" and args.world == 1
-        self.compiled = None
-        if args.compile == "on":
-            compiled = torch.compile(loss_function, fullgraph=True, dynamic=False)
-            self.compiled = functools.partial(take_step, args, net, optimizer, compiled, *inputs)
-        self.untried = self.captures or self.compiled
-
-    def __call__(self, *batch):
-        args, net, optimizer = self.given
-        if self.untried:
-            self.untried, rate = False, optimizer.param_groups[0]["lr"]
-            try:
-                with without_trace(net, optimizer, args.device):
-                    if self.compiled:
-                        self.compiled(*batch)  # compiles the backward pass, too
-                        self.step = self.compiled
-                    if self.captures:
-                        self.step = self.capture(batch)
-            except Exception as error:
-                reason = printable(str(error).strip())[:100]
-                print(f"warning: a step is not compiled or captured: {reason}", file=sys.stderr)
-                self.step = self.plain
-                optimizer.param_groups[0]["lr"] = rate
-        return self.step(*batch)
-
-    def capture(self, batch):
-        """The step as a CUDA graph, which must do in two steps what the step itself does."""
-        args, net, optimizer = self.given
-        group = optimizer.param_groups[0]
-        group["lr"] = torch.tensor(float(group["lr"]), device=args.device)
-        inputs, step, graph = [t.clone() for t in batch], self.step, torch.cuda.CUDAGraph()
-
-        def two(function):
-            with without_trace(net, optimizer, args.device):
-                results = [function(*batch) for _ in range(2)]
-                return [*results, *[p.detach().clone() for p in net.parameters()]]
-
-        def replay(*batch):
-            for old, new in zip(inputs, batch):
-                old.copy_(new)
-            graph.replay()
-            return result.clone()
-
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):  # as a capture wants its warm-up
-            expected = two(step)
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            result = step(*inputs)
-        for a, b in zip(two(replay), expected):
-            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
-        return replay
 
 def mean_of_steps(run, epoch, steps):
     """Mean loss and accuracy in % of an epoch's steps and all processes; TASError if not finite."""
@@ -1335,7 +1222,6 @@ def train(run, data, net, teacher=None):
     if teacher:
         to_device(teacher, args).eval().requires_grad_(False)
     optimizer = sgd(net.parameters(), args)
-    step = Step(args, net, optimizer, training_loss, teacher)
     state = {"net": net, "optimizer": optimizer}
     metrics = run.resume(state)
 
@@ -1345,7 +1231,7 @@ def train(run, data, net, teacher=None):
         batches = shuffled_batches(data.train, everything, args)
         for i, batch in run.steps(epoch, steps, batches, seen):
             set_learning_rate(optimizer, i, total, warmup, args.lr)
-            seen.append(step(*batch))
+            seen.append(take_step(args, net, optimizer, training_loss, teacher, *batch))
         average_over_processes([b for b in net.buffers() if b.is_floating_point()], args.world)
         train_loss, train_accuracy = mean_of_steps(run, epoch, seen)
         top1, top5 = evaluate(net, data.test, args)
@@ -1370,29 +1256,26 @@ def search(run, data, space, target):
     weights = [p for p in net.parameters() if p is not net.alpha and p is not net.beta]
     optimizer = sgd(weights, args)
     arch_optimizer = torch.optim.Adam(sizes, args.arch_lr, betas=ARCH_BETAS, fused=True,
-                                      weight_decay=ARCH_WEIGHT_DECAY,
-                                      capturable=args.device.type == "cuda")
-    device_tau = torch.zeros((), device=args.device)  # where the steps read it
-    weight_step = Step(args, net, optimizer, search_loss, device_tau)
-    arch_step = Step(args, net, arch_optimizer, architecture_loss, device_tau, target)
+                                      weight_decay=ARCH_WEIGHT_DECAY)
+    tau = torch.zeros((), device=args.device)  # a tensor, so that all steps are one graph
     state = {"net": net, "optimizer": optimizer, "arch_optimizer": arch_optimizer}
     metrics = run.resume(state)
 
     for epoch in range(len(metrics), args.epochs):
         start, weight_seen, arch_seen = time.perf_counter(), [], []
-        tau = gumbel_temperature(epoch, args.epochs, args.tau_start, args.tau_end)
-        device_tau.fill_(tau)
+        tau.fill_(gumbel_temperature(epoch, args.epochs, args.tau_start, args.tau_end))
         net.train()
         batches = [shuffled_batches(data.train, half, args) for half in halves]
         for i, (batch, arch_batch) in run.steps(epoch, steps, zip(*batches), arch_seen):
             set_learning_rate(optimizer, i, total, 0, args.lr)
-            weight_seen.append(weight_step(*batch))
-            arch_seen.append(arch_step(*arch_batch))
+            weight_seen.append(take_step(args, net, optimizer, search_loss, tau, *batch))
+            arch_seen.append(take_step(args, net, arch_optimizer, architecture_loss, tau, target,
+                                       *arch_batch))
         train_loss, train_accuracy = mean_of_steps(run, epoch, weight_seen)
         val_loss, val_accuracy = mean_of_steps(run, epoch, arch_seen)
         metrics.append({
             "epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy,
-            "val_loss": val_loss, "val_accuracy": val_accuracy, "tau": tau,
+            "val_loss": val_loss, "val_accuracy": val_accuracy, "tau": tau.item(),
             **measure_sizes(net), **resources(args, optimizer, 2 * steps * args.batch_size, start)})
         run.save(state, metrics)
     return extract(space, net.alpha, net.beta, target, args.tolerance), metrics
@@ -1413,9 +1296,21 @@ def measure_sizes(net):
 
 # ---- Runs ---------------------------------------------------------------------------------------
 
+def is_first():
+    """Whether this process is the one, of those of torchrun, that writes and prints."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+def wait_for_all():
+    """Until every process is here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
 def write_file(path, content):
-    """Write bytes under a temporary name, flush and rename: the old file or the new, never half."""
+    """Write bytes under a temporary name, flush and rename: the old file or the new, never half.
+    The first process alone does."""
     path, temporary = Path(path), Path(f"{path}.{os.getpid()}-{time.monotonic_ns()}.tmp")
+    if not is_first():
+        return
     with errors_as(f"cannot write {path}: {{}}; free space or choose another --out", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -1461,7 +1356,7 @@ def load_tensors(path):
 
 # The arguments that decide the result: of every run, of a training, of a search.
 SETTINGS = ("command", "data", "image_size", "epochs", "batch_size", "lr", "weight_decay", "seed",
-            "precision", "world", "val_fraction")
+            "precision", "world")
 TRAIN_SETTINGS = "transfer", "kd_weight", "kd_temperature"
 SEARCH_SETTINGS = ("arch", "search", "method", "num_samples", "sampler", "align", "round",
                    "tolerance", "arch_lr", "cost_weight", "tau_start", "tau_end")
@@ -1481,12 +1376,9 @@ def lock_directory(path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        holder = file.read(80)
+        holder = (path / ".lock").read_text()[:80]
         raise TASError(f"{path} is in use by {holder}; wait, or choose another --out") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
+    (path / ".lock").write_text(f"process {os.getpid()} on {platform.node()}")
     return file
 
 class Run:
@@ -1503,28 +1395,23 @@ class Run:
         self.info = {
             "command": args.line, "settings": self.settings, "machine": machine(args.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "precision": native_precision(args)}
+            "precision": args.precision}
         if (self.path / "run.json").exists():
             self.info = read_json(self.path / "run.json")
             self.compare("run.json", self.info.get("settings"))
-            result = {"macs": 0} if self.result is None else self.result
-            right = isinstance(result, dict) and type(result.get("macs")) is int \
-                and type(result.get("accuracy", 0.0)) is float \
-                and self.info.get("precision") in ("fp32", "bf16")
-            require(right, f"{self.path / 'run.json'} is damaged; choose another --out")
-        elif not args.rank:
+        elif is_first():
             require_new(self.path)
             self.update()
-        args.precision = self.info["precision"]
         self.bar, self.last, self.launcher = None, "", os.getppid()
-        self.silent = args.quiet or args.rank > 0
-        if args.world > 1:  # nobody writes a result before all have looked for one
-            torch.distributed.barrier()
+        wait_for_all()  # nobody writes a result before all have looked for one
 
     @property
     def result(self):
-        """What a finished run gave, else None."""
-        return self.info.get("result")
+        """What a finished run gave, else None; a damaged one is made anew from last.ckpt."""
+        result = self.info.get("result")
+        told = "accuracy" if self.settings["command"] == "train" else "macs"
+        sound = isinstance(result, dict) and type(result.get(told)) in (int, float)
+        return result if sound else None
 
     def compare(self, name, old):
         """TASError where a file of the run has other settings."""
@@ -1541,14 +1428,13 @@ class Run:
     def update(self, **entries):
         """Add entries to run.json."""
         self.info |= entries
-        if not self.args.rank:
-            write_file(self.path / "run.json", json.dumps(self.info, indent=1).encode() + b"\n")
+        write_file(self.path / "run.json", json.dumps(self.info, indent=1).encode() + b"\n")
 
     def resume(self, parts):
         """Restore `parts` and the random state; returns the metrics of the finished epochs. From
         here on no other process may write to the directory, until this Run is gone."""
         path = self.path / "last.ckpt"
-        if not self.args.rank:
+        if is_first():
             self.lock = lock_directory(self.path)
         if not path.exists():
             return []
@@ -1569,7 +1455,7 @@ class Run:
         """Pairs (number of the step in the whole run, batch) of an epoch of `count` steps; shows
         them as a bar on a terminal, with what the last one put into `seen`."""
         from tqdm import tqdm
-        disable = True if self.silent else None  # None: without a terminal
+        disable = self.args.quiet or not is_first() or None  # None: without a terminal
         self.bar = self.bar or tqdm(total=count * self.args.epochs, initial=count * epoch,
                                     unit="step", dynamic_ncols=True, disable=disable)
         self.bar.set_description(
@@ -1585,40 +1471,38 @@ class Run:
 
     def save(self, parts, metrics):
         """Write metrics.jsonl and last.ckpt; show the last epoch."""
-        if not self.args.rank:
-            lines = "".join(json.dumps(line) + "\n" for line in metrics)
-            write_file(self.path / "metrics.jsonl", lines.encode())
-            save_tensors(self.path / "last.ckpt", {
-                "settings": self.settings, "metrics": metrics, "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if self.args.device.type == "cuda" else [],
-                "parts": {name: part.state_dict() for name, part in parts.items()}})
+        lines = "".join(json.dumps(line) + "\n" for line in metrics)
+        write_file(self.path / "metrics.jsonl", lines.encode())
+        save_tensors(self.path / "last.ckpt", {
+            "settings": self.settings, "metrics": metrics, "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.args.device.type == "cuda" else [],
+            "parts": {name: part.state_dict() for name, part in parts.items()}})
         line = metrics[-1]
-        if "test_accuracy" in line:
-            self.last = f", test accuracy {line['test_accuracy']:.1f}%"
-        else:
-            ratio = line["argmax_macs"] / self.settings["target"]
-            self.last = f", {self.settings['unit']} {ratio:.1%} of the target"
         # An epoch of a later part of `prune` takes about as long.
         minutes = line["seconds"] * (self.args.epochs - line["epoch"] + self.args.later) / 60
-        self.last += (f", lr {line['lr']:.3g}, {line['images_per_second']:.0f} images/s, "
-                      f"{line['memory_mb']:.0f} MB, {minutes:.0f} min left in all")
-        if self.bar.disable and not self.silent:
+        if "target" in self.settings:
+            share = line["argmax_macs"] / self.settings["target"]
+            reached = f"{self.settings['unit']} {share:.1%} of the target"
+        else:
+            reached = f"test accuracy {line['test_accuracy']:.1f}%"
+        self.last = (f", {reached}, lr {line['lr']:.3g}, {line['images_per_second']:.0f} images/s, "
+                     f"{line['memory_mb']:.0f} MB, {minutes:.0f} min left in all")
+        if self.bar.disable and not self.args.quiet:
             values = [f"{name} {value:.5g}" for name, value in line.items() if name != "epoch"]
-            print(printable(f"{self.path.name} {line['epoch']}/{self.args.epochs}: ")
-                  + f"{', '.join(values)}, {minutes:.0f} min left in all", flush=True)
+            say(f"{self.path.name} {line['epoch']}/{self.args.epochs}: {', '.join(values)}, "
+                f"{minutes:.0f} min left in all")
 
     def finish(self, final, metrics, **result):
         """Write the final Shape and the result."""
-        if not self.args.rank:
+        if is_first():
             for left in self.path.glob("*.tmp"):  # by a killed process
                 left.unlink()
-            final.save(self.path / "shape.json")
+        final.save(self.path / "shape.json")
         self.update(result={
             **result, "macs": count_macs(final), "params": count_params(final),
             "full_macs": count_macs(final.full),
             "seconds": round(sum(line["seconds"] for line in metrics), 1)})
-        if self.args.world > 1:
-            torch.distributed.barrier()  # the next step of `prune` reads these files
+        wait_for_all()  # the next step of `prune` reads these files
 
 def require_same_form(part, saved):
     """ValueError unless the saved state of a network or an optimiser has the shapes, dtypes and
@@ -1644,26 +1528,21 @@ def machine(device):
         return torch.cuda.get_device_name(device)
     return f"{processor().get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
 
-def native_precision(args):
-    """--precision; of auto, bf16 where the device computes it natively, else fp32."""
-    if args.precision != "auto":
-        return args.precision
-    if args.device.type == "cuda":
+def native_precision(device):
+    """bf16 where the device computes it natively, else fp32."""
+    if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = processor().get("avx512_bf16") or processor().get("amx_bf16")
     return "bf16" if native else "fp32"
 
-def read_info(path):
-    """run.json of a run directory or of the one that a file is in, {} when there is none."""
-    directory = Path(path or "")
-    file = (directory if directory.is_dir() else directory.parent) / "run.json"
-    return read_json(file) if path and file.exists() else {}
-
-def read_result(path):
-    """The result in that run.json, {} when there is none."""
-    result = read_info(path).get("result")
-    return result if isinstance(result, dict) else {}
+def read_run(path):
+    """Settings and result in the run.json of a directory, or of the one that a file is in; {} for
+    what is not there."""
+    file = Path(path if os.path.isdir(path) else Path(path).parent, "run.json")
+    info = read_json(file) if file.exists() else {}
+    parts = info.get("settings"), info.get("result")
+    return [part if isinstance(part, dict) else {} for part in parts]
 
 def load(path, trained=False):
     """The network, in eval mode, of a run directory of `train` with its weights or, unless it must
@@ -1681,7 +1560,8 @@ def load(path, trained=False):
 # ---- Commands -----------------------------------------------------------------------------------
 
 def setup(args):
-    """Fill in the device and the place among the processes of torchrun; set the seed."""
+    """Fill in the device, the precision and the place among the processes of torchrun; set the
+    seed. Only the first process prints."""
     with errors_as("RANK and WORLD_SIZE must be those of torchrun; unset them ({})"):
         args.rank = int(os.environ.get("RANK", 0))
         args.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -1698,22 +1578,17 @@ def setup(args):
             torch.cuda.set_device(args.device)
             torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it
         torch.zeros(1, device=args.device).double().item()  # fails where it cannot compute
+    if args.precision == "auto":
+        args.precision = native_precision(args.device)
     if args.world > 1 and not torch.distributed.is_initialized():
         if args.device.type == "cuda":
             torch.distributed.init_process_group("nccl", device_id=args.device)
         else:
             torch.distributed.init_process_group("gloo")
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
     torch.backends.cudnn.benchmark = True
-    keep_freed_memory()
     torch.manual_seed(args.seed)
-
-def keep_freed_memory():
-    """Let glibc keep freed memory: on a CPU a search step is then a fifth faster."""
-    import ctypes
-    mmap_threshold, trim_threshold = -3, -1  # glibc's numbers of these options
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
-        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 25)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2 ** 31 - 1)
 
 def open_data(args, epochs, halves=1):
     """The Data of a command for args.arch, after setup. Defaults that depend on the images are
@@ -1723,25 +1598,23 @@ def open_data(args, epochs, halves=1):
     if args.image_size is None:
         small = ARCHS[args.arch].small if args.data == "folder" else args.data != "imagenet"
         args.image_size = CIFAR_SIZE if small else IMAGENET_SIZE
-    if args.rank:  # the first process downloads what is missing
-        torch.distributed.barrier()
-    data = load_data(args.data, args.data_dir, args.image_size, args.device, args.workers,
-                     args.val_fraction)
-    if args.world > 1 and not args.rank:
-        torch.distributed.barrier()
     large = args.image_size > LARGEST_IN_MEMORY
-    if not large and not ARCHS[args.arch].small and not args.rank:
-        print(f"warning: {args.arch} is made for images above {LARGEST_IN_MEMORY} pixels; resnet56 "
-              f"suits {args.image_size} better", file=sys.stderr)
     args.epochs = args.epochs or (LARGE_EPOCHS if large else epochs)
     if args.weight_decay is None:
         args.weight_decay = LARGE_WEIGHT_DECAY if large else WEIGHT_DECAY
-    if args.command != "eval":
-        require(args.batch_size > args.world, f"--batch-size {args.batch_size} for {args.world} "
-                "processes: each needs 2 images to normalise")
-        images = len(data.train.labels) // halves
-        require(args.batch_size <= images, f"--batch-size {args.batch_size} is larger than the "
-                f"{images} training images{' of a half of the search' if halves > 1 else ''}")
+    if not is_first():  # the first process downloads what is missing
+        wait_for_all()
+    data = load_data(args.data, args.data_dir, args.image_size, args.device, args.workers)
+    if is_first():
+        wait_for_all()
+    if not large and not ARCHS[args.arch].small:
+        warn(f"{args.arch} is made for images above {LARGEST_IN_MEMORY} pixels; resnet56 suits "
+             f"{args.image_size} better")
+    images = len(data.train.labels) // halves
+    half = " of a half of the search" if halves > 1 else ""
+    require(args.command == "eval" or args.world < args.batch_size <= images,
+            f"--batch-size {args.batch_size}: give each process 2 images to normalise, and at most "
+            f"the {images} training images{half} to all")
     return data
 
 def base_directory(args):
@@ -1749,28 +1622,17 @@ def base_directory(args):
     name = Path(args.data_dir).resolve().name if args.data == "folder" else args.data
     return Path("runs") / f"{name}-{args.arch}"
 
-def parse_budget(text, space):
-    """--budget: a fraction of the unpruned network's cost such as 0.6, or with the unit 3.5ms."""
-    require(text, f"--cost needs --budget, such as 0.6, or a number of {space.unit}")
-    value, full, absolute = math.nan, space.cost_of(space.full), text.endswith(space.unit)
-    with contextlib.suppress(ValueError):
-        value = float(text.removesuffix(space.unit)) * (1 if absolute else full)
-    require(0 < value <= full, f"--budget {text}: give a fraction such as 0.6, or up to the "
-            f"{full:.4g}{space.unit} of the unpruned network")
-    return value
-
-def parse_target(text, full):
-    """--flops: a fraction of the unpruned network's MACs such as 0.47, or MACs such as 59.5M."""
-    scale = {"K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:].upper(), 1)
+def parse_target(text, space):
+    """--flops: a fraction of the unpruned network's cost such as 0.47, or a cost such as 59.5M or,
+    of another table, 3.5ms. Returns the cost in the unit of the space."""
+    full, digits = space.cost_of(space.full), text.rstrip(string.ascii_letters)
+    scales = {"K": 1e3, "M": 1e6, "G": 1e9} if space.unit == "MACs" else {space.unit: 1}
     value = math.nan
-    with contextlib.suppress(ValueError):
-        value = float(text[:-1] if scale > 1 else text) * scale
-    fraction = scale == 1 and value <= 1
-    target = value * full if fraction else value
-    require(0 < target <= full and (fraction or value >= 1000),
-            f"--flops {text}: give a fraction such as 0.5, or MACs up to the {full:,} of the "
-            f"unpruned network, such as {full * 5e-7:.1f}M")
-    return round(target)
+    with contextlib.suppress(ValueError, KeyError):
+        value = float(digits) * (scales | {"": full})[text[len(digits):]]
+    require(0 < value <= full, f"--flops {text}: give a fraction of the unpruned network such as "
+            f"0.5, or a number with {', '.join(scales)}, up to {space.show(full)}")
+    return round(value) if space.unit == "MACs" else value
 
 def summary(shape):
     """MACs and parameters of a Shape in words."""
@@ -1780,11 +1642,10 @@ def summary(shape):
 
 def print_result(args, text, following):
     """Print what a command made and, unless more of `prune` follows, the next command."""
-    if not args.rank:
+    say(text)
+    if not args.more_follows:
         data = f"--data {args.data} --data-dir {args.data_dir} --image-size {args.image_size}"
-        following = following.replace("DATA", data)
-        text = text if args.more_follows else f"{text}\nnext: python {following}"
-        print(*map(printable, text.split("\n")), sep="\n", flush=True)
+        say(f"next: python {following.replace('DATA', data)}")
 
 def require_equal(path, shape, other, whose, *names):
     """TASError unless two Shapes agree in these fields."""
@@ -1796,7 +1657,7 @@ def read_shape(args):
     """The Shape of --shape or --init, which settles --arch and --image-size."""
     path = args.shape or args.init
     shape = Shape.load(path)
-    found = read_result(path).get("shape")
+    found = read_run(path)[1].get("shape")
     require(found in (None, dataclasses.asdict(shape)), f"{path} is not the shape that the search "
             "beside it found; restore it, or move it elsewhere")
     require(args.arch in (None, shape.arch),
@@ -1816,13 +1677,11 @@ def load_teacher(args, shape):
 def measure_teacher(args, data, teacher):
     """Its accuracy in % on the test images, which is printed, with a warning near chance."""
     accuracy, _ = evaluate(to_device(teacher, args), data.test, args)
-    if not args.rank:
-        print(printable(f"teacher {args.teacher}: accuracy {accuracy:.2f}% on "
-                        f"{len(data.test.labels):,} images"), flush=True)
-        chance = 100 / len(data.classes)
-        if accuracy < chance + (100 - chance) / 10:
-            print("warning: the teacher is near chance; was it trained on these classes, in this "
-                  "order, with these shortcuts?", file=sys.stderr)
+    say(f"teacher {args.teacher}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images")
+    chance = 100 / len(data.classes)
+    if accuracy < chance + (100 - chance) / 10:
+        warn("the teacher is near chance; was it trained on these classes, in this order, with "
+             "these shortcuts?")
     return accuracy
 
 def checksum(net):
@@ -1855,36 +1714,34 @@ def command_train(args):
         torch.manual_seed(args.seed)
         net, transfer = ResNet(shape), TRANSFERS[args.transfer]
         if start:  # a new classifier where there are other classes
-            weights = start.state_dict()
-            if start.shape.num_classes != shape.num_classes:
-                weights = {name: t for name, t in weights.items() if not name.startswith("fc.")}
-            net.load_state_dict(weights, strict=False)
+            own = net.state_dict()
+            fitting = {k: t for k, t in start.state_dict().items() if t.shape == own[k].shape}
+            net.load_state_dict(fitting, strict=False)
         if transfer.prepare:
             transfer.prepare(net, teacher)
         metrics = train(run, data, net, teacher if transfer.loss else None)
-        if not args.rank:  # without the padded channels
-            save_tensors(run.path / "weights.pt", inherit_weights(ResNet(shape), net).state_dict())
+        found = read_run(args.shape)[0] or None if args.shape else None
+        plain = inherit_weights(ResNet(shape), net)  # without the padded channels
+        save_tensors(run.path / "weights.pt", plain.state_dict())
         run.finish(shape, metrics, accuracy=metrics[-1]["test_accuracy"],
                    top5=metrics[-1].get("test_top5"), classes=data.classes,
-                   search=read_info(args.shape).get("settings"), teacher_accuracy=above)
+                   search=found, teacher_accuracy=above)
     print_result(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
                  f"{args.data}, {summary(shape)}",
                  f"tas.py search DATA --arch {args.arch} --flops {FLOPS}" if shape == full else
                  f"tools/export.py {run.path}")
 
 def plan_search(args):
-    """All that can go wrong before a search: its device, data, space, target in MACs, and a Shape
-    in the band, which is that of the methods that do not search."""
-    require(args.method != "uniform" or args.search == "both",
-            f"--method uniform keeps all depths; leave --search {args.search} out")
+    """All that can go wrong before a search: its device, data, space, target, and a Shape in the
+    band, which is that of the methods that do not search."""
     data = open_data(args, SEARCH_EPOCHS, halves=2 if args.method == "tas" else 1)
     space = Space(args.arch, len(data.classes), args.image_size, args.search, args.round)
-    target = parse_target(args.flops, count_macs(space.full))
     if args.cost:
-        require(args.method != "uniform", "--method uniform scales MACs; leave --cost out")
         space.load_cost(args.cost)
-        target = parse_budget(args.budget, space)
+    target = parse_target(args.flops, space)
     if args.method == "uniform":
+        require(args.search == "both" and not args.cost,
+                "--method uniform scales all widths to MACs; leave --search and --cost out")
         return data, space, target, scale_shape(space, target, args.tolerance, args.round)
     return data, space, target, draw_shape(space, target, args.tolerance)
 
@@ -1894,87 +1751,63 @@ def command_search(args):
     if args.arch_lr is None:
         steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
         args.arch_lr = min(MOST_ARCH_LR, ARCH_LR * max(1, ARCH_STEPS / max(1, steps)))
-    cost = zlib.crc32(repr(space.cost.tolist()).encode()) if args.cost else None
-    run = Run(args, data, "search", SEARCH_SETTINGS, target=target, unit=space.unit, cost=cost)
+    table = zlib.crc32(repr(space.cost.tolist()).encode()) if args.cost else None
+    run = Run(args, data, "search", SEARCH_SETTINGS, target=target, unit=space.unit, cost=table)
     if run.result is None:
         metrics = []
         if args.method == "tas":
             torch.manual_seed(args.seed)
             shape, metrics = search(run, data, space, target)
-        told = ("val_accuracy", "width_discrepancy", "depth_discrepancy") if metrics else ()
         run.finish(shape, metrics, shape=dataclasses.asdict(shape),
-                   cost=space.cost_of(shape) if args.cost else None,
-                   **{name: metrics[-1][name] for name in told})
-    teacher, met = run.path.parent / "teacher", f"target {target / 1e6:.2f}M"
-    if args.cost:
-        met = f"{space.show(space.cost_of(shape))}, target {space.show(target)}"
-    print_result(args, f"{run.path / 'shape.json'}: {summary(Shape.load(run.path))}; {met}",
-                 f"tas.py train DATA --shape {run.path / 'shape.json'} "
+                   cost=space.cost_of(shape) if args.cost else None)
+    shape = Shape.load(run.path)
+    met = f"{space.show(space.cost_of(shape))}, " if args.cost else ""
+    teacher = run.path.parent / "teacher"
+    print_result(args, f"{run.path / 'shape.json'}: {summary(shape)}; {met}target "
+                 f"{space.show(target)}", f"tas.py train DATA --shape {run.path / 'shape.json'} "
                  f"--teacher {teacher if teacher.exists() else 'DIR'}")
 
 def command_prune(args):
-    """Train the teacher, search the sizes, distil the pruned network; finished parts are kept.
-    Several targets, as --flops 0.5,0.3, share the teacher."""
+    """Train the teacher, search the sizes, distil the pruned network; finished parts are kept."""
     base, transfer = Path(args.out or base_directory(args)), args.transfer or "kd"
-    targets = args.flops.split(",")
     trains_teacher = not args.teacher and transfer != "none"
     require(trains_teacher or not args.init,
             "--init is where the teacher starts; leave --teacher and --transfer none out")
 
-    def part(command, name, epochs=None, **changes):
-        common = {"command": command, "out": base / name, "shape": None, "init": None,
-                  "epochs": epochs or args.epochs, "more_follows": True}
+    def part(command, name, **changes):
+        common = {"command": command, "out": base / name, "shape": None, "more_follows": True}
         return argparse.Namespace(**{**vars(args), **common, **changes})
 
-    def name(step, target):  # of a directory
-        return step if len(targets) == 1 else f"{step}-{target}"
-
-    def search_part(target, later=0):
-        return part("search", name("search", target), args.search_epochs, flops=target,
-                    later=later)
-
-    for target in targets:  # all that can go wrong, before hours of training
-        planned = search_part(target)
-        data, space, *_ = plan_search(planned)
-        for step in ("teacher", name("search", target), name("pruned", target)):
-            if not (base / step / "run.json").exists():
-                require_new(base / step)
-    usual = LARGE_EPOCHS if planned.image_size > LARGEST_IN_MEMORY else TRAIN_EPOCHS
-    distilling = args.epochs or usual
-    later = len(targets) * (planned.epochs + distilling)  # epochs after the teacher's
+    searching = part("search", "search", epochs=args.search_epochs or args.epochs)
+    data, space, *_ = plan_search(searching)  # all that can go wrong, before hours of training
+    for name in ("teacher", "search", "pruned"):
+        if not (base / name / "run.json").exists():
+            require_new(base / name)
+    usual = LARGE_EPOCHS if searching.image_size > LARGEST_IN_MEMORY else TRAIN_EPOCHS
+    searching.later = args.epochs or usual  # epochs of the parts after it
     teacher = args.teacher
     if teacher:
-        measure_teacher(planned, data, load_teacher(args, space.full))
+        measure_teacher(searching, data, load_teacher(args, space.full))
     elif trains_teacher:
         teacher = base / "teacher"
-        command_train(part("train", "teacher", args.teacher_epochs, transfer="none",
-                           init=args.init, later=later))
-    for target in targets:
-        later -= planned.epochs
-        command_search(search_part(target, later=later))
-        later -= distilling
-        last = part("train", name("pruned", target), shape=base / name("search", target),
-                    teacher=teacher, transfer=transfer, more_follows=len(targets) > 1, later=later)
-        command_train(last)
-    if len(targets) > 1 and not last.rank:
-        print(printable(f"next: python tools/report.py {base}"))
+        command_train(part("train", "teacher", epochs=args.teacher_epochs or args.epochs,
+                           transfer="none", later=searching.epochs + searching.later))
+    command_search(searching)
+    command_train(part("train", "pruned", shape=base / "search", teacher=teacher, init=None,
+                       transfer=transfer, more_follows=False))
 
 def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
     net = load(args.dir, trained=True)
     args.arch, args.image_size = net.shape.arch, args.image_size or net.shape.image_size
-    settings = read_info(args.dir).get("settings")
-    kept = settings.get("val_fraction", 0.0) if isinstance(settings, dict) else args.val_fraction
-    require(args.val_fraction in (0, kept), f"{args.dir} was trained with --val-fraction {kept}: "
-            "another part would have images that it was trained on")
-    data = open_data(args, TRAIN_EPOCHS)
-    require(len(data.classes) == net.shape.num_classes, f"{args.dir} has {net.shape.num_classes} "
-            f"classes, the data {len(data.classes)}; give the --data that it was trained on")
-    classes = read_result(args.dir).get("classes") or data.classes
-    require(classes == data.classes, f"{args.dir} was trained on the classes {str(classes)[:100]}, "
-            f"the data has {str(data.classes)[:100]}")
+    settings, result = read_run(args.dir)
     if args.precision == "auto":  # as in the last epoch of the run
-        args.precision = read_info(args.dir).get("precision") or native_precision(args)
+        args.precision = settings.get("precision", "auto")
+    data = open_data(args, TRAIN_EPOCHS)
+    classes = result.get("classes") or data.classes
+    require(len(data.classes) == net.shape.num_classes and classes == data.classes,
+            f"{args.dir} was trained on {net.shape.num_classes} classes, {str(classes)[:100]}; "
+            f"the data has {len(data.classes)}, {str(data.classes)[:100]}")
     accuracy, top5 = evaluate(to_device(pad_channels(net), args), data.test, args)
     top5 = f" (top-5 {top5:.2f}%)" if len(data.classes) > TOP5_CLASSES else ""
     print_result(args, f"{args.dir}: accuracy {accuracy:.2f}%{top5} on {len(data.test.labels):,} "
@@ -2004,13 +1837,11 @@ def build_parser():
         name = function.__name__.removeprefix("command_")
         command = commands.add_parser(
             name, help=function.__doc__, description=function.__doc__, usage="%(prog)s [options]",
-            allow_abbrev=False,
-            formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter,
-                                              max_help_position=36))
-        command.set_defaults(function=function, more_follows=False, later=0)
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(function=function, more_follows=False, later=0, epochs=None,
+                             weight_decay=None)
         if name == "eval":
             command.add_argument("dir", help="directory of a finished train")
-            command.set_defaults(epochs=None, weight_decay=None)
         else:
             command.add_argument("--arch", choices=ARCHS, required=name != "train")
             add_training_options(command)
@@ -2018,19 +1849,12 @@ def build_parser():
             command.add_argument("--shape", help="shape.json of a pruned network, for --arch")
         if name in ("search", "prune"):
             add_search_options(command)
+        if name in ("train", "prune"):
+            add_transfer_options(command)
         if name == "prune":
             for step in ("teacher", "search"):
                 command.add_argument(f"--{step}-epochs", type=number(int, 1, 10 ** 5),
                                      help="in the place of --epochs")
-        if name in ("train", "prune"):
-            command.add_argument("--teacher", help="directory of the trained unpruned network")
-            command.add_argument("--init", help="directory of weights to start from")
-            command.add_argument("--transfer", choices=TRANSFERS,
-                                 help="kd: distil; init: copy channels")
-            command.add_argument("--kd-weight", type=number(float, 0, 1), default=KD_WEIGHT,
-                                 help="of the soft term")
-            command.add_argument("--kd-temperature", type=number(float, 0.01, 1000),
-                                 default=KD_TEMPERATURE, help="of both networks")
         add_data_options(command)
     return parser
 
@@ -2040,8 +1864,6 @@ def add_data_options(command):
     names = "cifar10", "cifar100", "imagenet", "folder", "synthetic"
     add("--data", choices=names, required=True)
     add("--data-dir", default="data", help="where the data is, or goes")
-    add("--val-fraction", type=number(float, 0, 0.5), default=0.0,
-        help="of train/, kept for testing")
     add("--image-size", type=number(int, 8, 1024), help="pixels, 32 or 224; up to 64: in memory")
     add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count()),
         help="processes that read images")
@@ -2058,17 +1880,24 @@ def add_training_options(command):
     add("--epochs", type=number(int, 1, 10 ** 5), help="300, search 600; above 64 pixels 120")
     add("--lr", type=number(float, 1e-9, 1e9), default=LR, help="of the weights, at its highest")
     add("--weight-decay", type=number(float, 0, 1), help="5e-4, of images above 64 pixels 1e-4")
-    add("--compile", choices=("on", "off"), default="off", help="torch.compile")
-    add("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs on one GPU")
     add("--out", help="where results go (runs/DATA-ARCH/STEP)")
     add("--quiet", action="store_true", help="print results only")
+
+def add_transfer_options(command):
+    """Options of knowledge transfer."""
+    add = command.add_argument
+    add("--teacher", help="directory of the trained unpruned network")
+    add("--init", help="directory of weights to start from")
+    add("--transfer", choices=TRANSFERS, help="kd: distil; init: copy channels")
+    add("--kd-weight", type=number(float, 0, 1), default=KD_WEIGHT, help="of the soft term")
+    add("--kd-temperature", type=number(float, 0.01, 1000), default=KD_TEMPERATURE,
+        help="of both networks")
 
 def add_search_options(command):
     """Options of the search, the paper's ablations among them."""
     add = command.add_argument
-    add("--flops", default=FLOPS, help="MACs, 59.5M or a fraction; prune: several, 0.5,0.3")
+    add("--flops", "--budget", default=FLOPS, help="MACs: a fraction or 59.5M; with --cost 3.5ms")
     add("--cost", help="JSON of other costs than MACs")
-    add("--budget", help="of --cost: a fraction, or 3.5ms")
     add("--tolerance", type=number(float, 0.001, 0.5), default=TOLERANCE, help="part of the target")
     add("--round", type=number(int, 1, 64), default=1, help="widths in multiples of this")
     add("--arch-lr", type=number(float, 1e-9, 1e9), help="59 / steps, within 1e-3 and 0.05")
@@ -2086,6 +1915,15 @@ def printable(text):
     """At most 500 characters, those that a terminal would act upon escaped."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return shown if len(shown) <= 500 else shown[:497] + "..."
+
+def say(text):
+    """Print a line."""
+    print(printable(text), flush=True)
+
+def warn(text):
+    """One line on stderr."""
+    if is_first():
+        print(f"warning: {printable(text)}", file=sys.stderr)
 
 def complain(message):
     """One line on stderr; the exit status."""

@@ -43,7 +43,6 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import tas
@@ -1223,144 +1222,23 @@ def test_gradients_of_what_is_stepped_and_of_nothing_else(run_small, line, parts
         for name, grad in new.items():  # renewed by its own step, kept by the other one
             assert (old[name] is None or not grad.equal(old[name])) == (name in half), name
 
-@pytest.mark.parametrize("line, parts", STEPS)
-def test_steps_are_one_graph(run_small, monkeypatch, tmp_path, line, parts):
-    """Whatever the sample, the temperature and the rate; and the same steps as without."""
-    def log(compiled):
-        run_small(f"{line} --epochs 2 --compile {compiled} --out {{tmp}}/{compiled}")
-        return [json.loads(text) | dict.fromkeys(MEASURED, 0) for text in
-                (tmp_path / compiled / "metrics.jsonl").read_text().splitlines()]
-
-    def counting(function, **options):
-        assert options["fullgraph"] is True
-        counters.append(CompileCounter())
-        return compile_function(function, **options | {"backend": counters[-1]})
-
-    counters, compile_function = [], torch.compile
-    monkeypatch.setattr(torch, "compile", counting)
+@pytest.mark.parametrize("loss, inputs", [(tas.search_loss, ()), (tas.architecture_loss, (1e5,))])
+def test_a_search_step_is_one_graph(loss, inputs):
+    """Whatever the sample and the temperature."""
+    args = tas.build_parser().parse_args("search --data synthetic --arch resnet20".split())
+    args.device, args.precision = torch.device("cpu"), "fp32"
+    torch.manual_seed(0)
+    net, counter = tas.SuperResNet(tas.Space("resnet20", 10, 8)), CompileCounter()
     torch._dynamo.reset()
-    plain = log("off")
-    assert not counters
-    for line, expected in zip(log("on"), plain, strict=True):
-        assert line == pytest.approx(expected, rel=1e-4)
-    assert [counter.frame_count for counter in counters] == [1] * parts
-
-class Recorded(TorchDispatchMode):
-    """Stands for a CUDA graph: replay does again, on the same memory, what was done inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, result))
-        return result
-
-    @torch.no_grad()
-    def replay(self):
-        for function, args, kwargs, result in self.calls:
-            again = function(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again)):
-                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():  # no view
-                    old.copy_(new)
-
-class Forgetful(Recorded):
-    def replay(self):
-        self.calls[:] = self.calls[:-1]
-        super().replay()
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """Sets what stands for a CUDA graph, in steps on the CPU as well; returns how many replays."""
-    replays = collections.Counter()
-
-    class Captured(tas.Step):
-        def __init__(self, *inputs):
-            super().__init__(*inputs)
-            self.captures = self.untried = True
-
-        def capture(self, batch):
-            @contextlib.contextmanager
-            def record(graph):  # a capture does nothing yet
-                args, net, optimizer = self.given
-                with tas.without_trace(net, optimizer, args.device), graph:
-                    yield
-            monkeypatch.setattr(torch.cuda, "graph", record)
-            return super().capture(batch)
-
-    def use(kind):
-        def make():
-            graph = kind()
-            graph.replay = lambda: replays.update([kind]) or kind.replay(graph)
-            return graph
-        monkeypatch.setattr(tas, "Step", Captured)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
-        monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        return replays
-    return use
-
-def outcome(tmp_path, name):
-    """Metrics and what is saved of a run."""
-    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-    return ([json.loads(text) | dict.fromkeys(MEASURED, 0) for text in lines],
-            tas.load_tensors(tmp_path / name / "last.ckpt")["parts"])
-
-@pytest.mark.parametrize("line, parts", STEPS)
-def test_steps_run_from_where_they_were_captured(run_small, graphs, tmp_path, capsys, line, parts):
-    """They do what they do without, and leave no trace of the trial."""
-    line += " --epochs 2 --out {tmp}/"
-    run_small(line + "plain")
-    replays = graphs(Recorded)
-    run_small(line + "captured")
-    assert "not compiled" not in capsys.readouterr().err
-    assert replays[Recorded] == parts * (2 + 2 * 10)  # to compare, and of two epochs
-    (plain, a), (captured, b) = (outcome(tmp_path, name) for name in ("plain", "captured"))
-    assert captured == [pytest.approx(line, rel=1e-5) for line in plain]
-    for name, tensor in a["net"].items():
-        torch.testing.assert_close(b["net"][name], tensor, rtol=1e-4, atol=1e-5)
-
-@pytest.mark.parametrize("line, parts", STEPS)
-def test_captured_steps_that_differ_are_not_used(run_small, graphs, tmp_path, capsys, line, parts):
-    """Here the last operator of all gets lost."""
-    run_small(line + " --epochs 2 --out {tmp}/plain")
-    replays = graphs(Forgetful)
-    run_small(line + " --epochs 2 --out {tmp}/captured")
-    warning = "warning: a step is not compiled or captured"
-    assert capsys.readouterr().err.count(warning) == parts
-    assert replays[Forgetful] == 2 * parts
-    assert identical(*[outcome(tmp_path, name) for name in ("plain", "captured")])
-
-@pytest.mark.parametrize("when", ["forward", "backward"])
-@pytest.mark.parametrize("line, parts", STEPS)
-def test_compilation_that_fails_is_one_warning(run_small, monkeypatch, tmp_path, capsys, line,
-                                               parts, when):
-    """And leaves no trace, even where the forward pass was done."""
-    class Broken(torch.autograd.Function):
-        @staticmethod
-        def forward(context, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(context, grad):
-            raise torch._dynamo.exc.TorchDynamoException("no compiler\nfor you")
-
-    def broken(function, **_):
-        def fail(*inputs):
-            minimised, loss, logits = function(*inputs)
-            if when == "forward":
-                raise torch._dynamo.exc.TorchDynamoException("no compiler\nfor you")
-            return Broken.apply(minimised), loss, logits
-        return fail
-
-    run_small(line + " --epochs 2 --out {tmp}/plain")
-    monkeypatch.setattr(torch, "compile", broken)
-    run_small(line + " --epochs 2 --compile on --out {tmp}/broken")
-    warnings = re.findall("warning: a step is not .*no compiler.*\n", capsys.readouterr().err)
-    assert len(warnings) == parts
-    assert identical(*[outcome(tmp_path, name) for name in ("plain", "broken")])
+    compiled = torch.compile(loss, fullgraph=True, dynamic=False, backend=counter)
+    tau, x, y = torch.zeros(()), torch.randn(4, 3, 8, 8), torch.arange(4)
+    values = set()
+    for i in range(20):
+        tau.fill_(tas.gumbel_temperature(i, 20))
+        minimised, _, _ = compiled(args, net, tau, *inputs, x, y)
+        minimised.backward()
+        values.add(minimised.item())
+    assert counter.frame_count == 1 and len(values) == 20
 
 # ---- Shape files --------------------------------------------------------------------------------
 
@@ -1601,6 +1479,7 @@ def child(event, number, line, out, rank, world, port):
     """What a process of `fork` does. It leaves its output and what it has seen in `out`."""
     seen = {"calls": 0, "checkpoints": 0, "steps": 0, "memory": [], "nets": [], "wrote": []}
     begin, plain_step, plain_write = tas.Run.__init__, tas.take_step, tas.write_file
+    rename = os.replace
 
     def is_last(name):
         seen[name] += 1
@@ -1632,8 +1511,11 @@ def child(event, number, line, out, rank, world, port):
         seen["memory"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return plain_step(args, net, *rest)
 
+    def replace(old, new):
+        seen["wrote"].append(str(new))
+        rename(old, new)
+
     def write(path, content):
-        seen["wrote"].append(str(path))
         if Path(path).name == "last.ckpt" and is_last("checkpoints"):
             Path(f"{path}.tmp").write_bytes(bytes(content)[:1000])
             die()
@@ -1649,6 +1531,7 @@ def child(event, number, line, out, rank, world, port):
     tas.SYNTHETIC_IMAGES = 1024, 64
     tas.plan_search, tas.extract = uncounted(tas.plan_search), uncounted(tas.extract)
     tas.Run.__init__, tas.take_step, tas.write_file = begin_run, step, write
+    os.replace = replace
     status = tas.main(line.split())
     sys.setprofile(None)
     seen["memory"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -1682,7 +1565,7 @@ def fork(event, number, line, out, world=1):
 
 def test_killed_at_random_moments(root, tmp_path):
     """kill -9 in calls drawn from all that an uninterrupted run makes."""
-    line, rng = PRUNE.format(root=root) + f" --out {tmp_path}/runs", random.Random(3)
+    line, rng = PRUNE.format(root=root) + f" --out {tmp_path}/runs", random.Random(4)
     status, [seen] = fork("calls", 0, line.replace("/runs", "/count"), tmp_path / "out")
     assert status == [0]
     finished = []  # epochs, after each try
@@ -1844,8 +1727,8 @@ def test_every_setting_is_compared(tmp_path, half, capfd):
 
 def test_what_does_not_change_the_result_is_no_other_setting(root, tmp_path, half, capsys):
     capsys.readouterr()
-    assert run(TRAIN + " --workers 1 --quiet --device cpu --compile off --out {root}/half",
-               root=tmp_path) == 0
+    line = TRAIN + " --workers 1 --quiet --device cpu --out {root}/half"
+    assert run(line, root=tmp_path) == 0
     check_same_run(half, root / "whole")
     assert "half 2/2" not in capsys.readouterr().out
 
@@ -1856,22 +1739,27 @@ def test_what_does_not_change_the_result_is_no_other_setting(root, tmp_path, hal
     (False, "auto", "fp32")])
 def test_precision_is_a_rule(monkeypatch, native, requested, expected):
     """bf16 where it is native: as the processor or CUDA says."""
-    args = tas.build_parser().parse_args(["eval", "DIR", "--data", "synthetic"])
-    args.precision, args.device = requested, torch.device("cpu" if isinstance(native, dict) else
-                                                          "cuda")
+    args = tas.build_parser().parse_args(["eval", "DIR", "--data", "synthetic", "--device", "cpu",
+                                          "--precision", requested])
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: native, raising=False)
-    assert tas.native_precision(args) == expected
+    device = torch.device("cpu" if isinstance(native, dict) else "cuda")
+    rule = tas.native_precision
+    monkeypatch.setattr(tas, "native_precision", lambda _: rule(device))
+    tas.setup(args)
+    assert args.precision == expected
 
 def test_a_run_keeps_its_precision(root, tmp_path, monkeypatch):
-    """It was begun where bf16 is native, and goes on and is evaluated where it is not."""
+    """It was begun where bf16 is native; where it is not it goes on when asked to, and is evaluated
+    in it."""
     line = TRAIN.replace("fp32", "auto") + " --out {tmp}/run"
     with monkeypatch.context() as patch:
-        patch.setattr(tas, "native_precision", lambda args: "bf16")
+        patch.setattr(tas, "native_precision", lambda device: "bf16")
         stop_while_writing(patch, 2)
         assert run(line, root=root, tmp=tmp_path) == 130
-    monkeypatch.setattr(tas, "native_precision", lambda args: "fp32")
-    assert run(line, root=root, tmp=tmp_path) == 0
+    monkeypatch.setattr(tas, "native_precision", lambda device: "fp32")
+    assert run(line, root=root, tmp=tmp_path) == 2
+    assert run(line + " --precision bf16", root=root, tmp=tmp_path) == 0
     assert tas.read_json(tmp_path / "run" / "run.json")["precision"] == "bf16"
     monkeypatch.undo()
     assert run(TRAIN + " --precision bf16 --out {tmp}/whole", root=root, tmp=tmp_path) == 0
@@ -1889,9 +1777,9 @@ def test_a_run_keeps_its_precision(root, tmp_path, monkeypatch):
 
 WRONG_TRAIN = {
     "--epochs": "-3 0 two", "--batch-size": "0 25", "--lr": "nan -1 inf", "--seed": "-1",
-    "--workers": "-2", "--image-size": "7", "--precision": "fp8", "--compile": "maybe",
-    "--weight-decay": "2", "--transfer": "copy", "--device": "nonsense cuda:99 meta",
-    "--arch": "resnt56", "--data": "cifar11", "--wrong": "3", "--flops": "0.5"}
+    "--workers": "-2", "--image-size": "7", "--precision": "fp8", "--weight-decay": "2",
+    "--transfer": "copy", "--device": "nonsense cuda:99 meta", "--arch": "resnt56",
+    "--data": "cifar11", "--wrong": "3", "--flops": "0.5"}
 WRONG_SEARCH = {
     "--flops": "0 1.5 abc nan inf -0.5 900G M", "--num-samples": "9 0", "--search": "all",
     "--method": "grid", "--sampler": "hard", "--align": "crop", "--round": "0", "--tolerance": "0",
@@ -1899,7 +1787,7 @@ WRONG_SEARCH = {
 OUT_OF_REACH = [
     ("--method random --search depth --flops 0.01", ["possible are"]),
     ("--method uniform --flops 0.0004", ["--flops"]),
-    ("--method uniform --search depth", ["--search depth"]),
+    ("--method uniform --search depth", ["uniform", "--search"]),
     ("--method tas --search depth --flops 0.01", ["possible are"])]
 WRONG_PRUNE = [  # before the first step
     ("--flops 50", ["--flops 50"]), ("--search depth --flops 0.01", ["possible are"]),
@@ -1966,7 +1854,7 @@ SMALL, LARGE = "--arch resnet20", "--arch resnet18 --image-size 72"
 
 @pytest.mark.parametrize("mistake, line, words", [
     ("missing", SMALL, ["{base}/train"]), ("empty", SMALL, ["{base}/train"]),
-    ("no train", SMALL, ["{base}/train"]), ("no val", SMALL, ["{base}", "val/", "--val-fraction"]),
+    ("no train", SMALL, ["{base}/train"]), ("no val", SMALL, ["{base}", "val/", "tools/split.py"]),
     ("one class", SMALL, ["one class"]), ("class without images", SMALL, ["{base}/train", "b"]),
     ("classes differ", SMALL, ["b, zebra"]), ("train is a file", SMALL, ["{base}/train"]),
     ("text", SMALL, ["{base}/train/b/3.png"]), ("png", SMALL, ["{base}/train/b/3.png"]),
@@ -2077,12 +1965,19 @@ def test_damaged_checkpoints(root, tmp_path, half, capfd, spoil, remedy):
     check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "{root}/half/last.ckpt", remedy)
 
 @pytest.mark.parametrize("change", [
-    b"", b"{", b"[]", b"{}", b'{"settings": []}', b'{"settings": null}', {"settings": {}},
-    {"result": []}, {"result": "done"}, {"result": {}}, {"result": {"accuracy": "high"}},
-    {"result": {"accuracy": None}}])
+    b"", b"{", b"[]", b"{}", b'{"settings": []}', b'{"settings": null}', {"settings": {}}])
 def test_damaged_run_files(tmp_path, half, capfd, change):
     change_json(half / "run.json", change)
     check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "{root}/half/run.json")
+
+@pytest.mark.parametrize("change", [
+    {"result": []}, {"result": "done"}, {"result": {}}, {"result": {"accuracy": "high"}},
+    {"result": {"accuracy": None}}])
+def test_a_damaged_result_is_made_anew(root, tmp_path, half, change):
+    """From the checkpoint, which is whole."""
+    change_json(half / "run.json", change)
+    assert run(TRAIN + " --out {root}/half", root=tmp_path) == 0
+    check_same_run(half, root / "whole")
 
 @pytest.mark.parametrize("part, change, lost", [
     ("teacher", {"result": None}, ""), ("teacher", b"{", ""),
@@ -2501,12 +2396,11 @@ def test_the_time_that_is_left(root, tmp_path, capfd, monkeypatch):
     """Of all parts of prune; an epoch takes two minutes here."""
     plain = tas.resources
     monkeypatch.setattr(tas, "resources", lambda *a: plain(*a) | {"seconds": 120.0})
-    line = PRUNE.replace("--epochs 3", "--epochs 2 --search-epochs 3") + " --flops 0.5,0.4 --out "
+    line = PRUNE.replace("--epochs 3", "--epochs 2 --search-epochs 3") + " --out "
     assert run(line + f"{tmp_path}/runs", root=root) == 0
     found = re.findall(r"^(\S+) \d/\d.* (\d+) min left in all$", capfd.readouterr().out, re.M)
-    names = ["teacher"] * 2 + ["search-0.5"] * 3 + ["pruned-0.5"] * 2
-    names += ["search-0.4"] * 3 + ["pruned-0.4"] * 2
-    assert found == [(name, str(2 * (11 - i))) for i, name in enumerate(names)]
+    names = ["teacher"] * 2 + ["search"] * 3 + ["pruned"] * 2
+    assert found == [(name, str(2 * (6 - i))) for i, name in enumerate(names)]
 
 @pytest.mark.parametrize("flags, expected", [
     ("--epochs 3 --search-epochs 2", (3, 2, 3)), ("--epochs 2 --teacher-epochs 1", (1, 2, 2)),
@@ -2516,18 +2410,6 @@ def test_epochs_of_the_parts_of_prune(root, tmp_path, flags, expected):
     assert run(line, root=root, tmp=tmp_path) == 0
     assert tuple(len(read_metrics(tmp_path / part)) for part in ("teacher", "search", "pruned")) \
         == expected
-
-def test_prune_to_several_targets(root, tmp_path, capfd):
-    """They share the teacher; each is what it would be alone."""
-    line = PRUNE + " --flops 0.5,0.3 --out {tmp}/runs"
-    assert run(line, root=root, tmp=tmp_path) == 0
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
-        "pruned-0.3", "pruned-0.5", "search-0.3", "search-0.5", "teacher"]
-    assert abs(macs_share(tmp_path / "runs/pruned-0.3") / 0.3 - 1) <= 0.05
-    for name in ("search", "pruned"):
-        check_same_run(tmp_path / f"runs/{name}-0.5", root / f"runs/{name}")
-    assert capfd.readouterr().out.count("next: ") == 1
-    check_refused(capfd, root, f"prune --arch resnet20 {ONE} --flops 0.5,0.001", "possible are")
 
 def test_another_target_says_how_to_keep_the_teacher(root, capfd):
     check_refused(capfd, root, PRUNE + " --flops 0.4 --out {root}/runs", "target was",
@@ -2550,7 +2432,7 @@ def test_a_search_under_another_cost(root, tmp_path, capfd):
         assert min(cost[-1][0][0], 10) < last["argmax_macs"] < 2 * full
     write_costs(tmp_path / "cost.json", space, 2)
     check_refused(capfd, root, f"{line}share --budget 0.7", "cost was", tmp=tmp_path)
-    for flags, word in (("", "--budget"), ("--budget 2", "--budget 2"), ("--budget 3kg", "3kg"),
+    for flags, word in (("--budget 2", "--flops 2"), ("--budget 3kg", "3kg"),
                         ("--budget 0.7 --method uniform", "uniform"),
                         ("--budget 0.0001", "possible are")):
         check_refused(capfd, root, f"{line}x {flags}", word, tmp=tmp_path)
@@ -2575,32 +2457,6 @@ def test_the_teacher_s_accuracy_comes_before_the_search(root, tmp_path, capfd, s
     assert f"teacher: accuracy {accuracy:.2f}% on 8 images" in out.split("search 1/1")[0]
     assert ("warning: the teacher is near chance" in err) == (accuracy < 55) == spoiled
     assert read_result(tmp_path / "runs/pruned")["teacher_accuracy"] == accuracy
-
-@pytest.mark.parametrize("size", [8, 66])
-def test_a_part_of_the_training_images_for_testing(tmp_path, capfd, size):
-    """Where there are no others: seeded, and as many of each class."""
-    write_images(tmp_path / "data", train=20, size=size)
-    shutil.rmtree(tmp_path / "data/val")
-    place = f"--data folder --data-dir {tmp_path}/data --image-size {size} --batch-size 4"
-    line = f"train {place} --workers 0 --epochs 1 --precision fp32 --arch resnet20"
-    check_refused(capfd, tmp_path, f"{line} --out {tmp_path}/x", "--val-fraction 0.1")
-    for i in range(2):
-        assert run(f"{line} --val-fraction 0.15 --out {tmp_path}/{i}") == 0
-    check_same_run(tmp_path / "0", tmp_path / "1")
-    assert tas.read_json(tmp_path / "0/run.json")["settings"]["images"].startswith("34 + 6 images")
-    data = tas.load_data("folder", f"{tmp_path}/data", size, torch.device("cpu"), 0, 0.15)
-    assert data.test.labels.bincount().tolist() == [3, 3]
-    evaluate = f"eval {tmp_path}/0 {place} --workers 0 --val-fraction"
-    assert run(f"{evaluate} 0.15") == 0
-    check_refused(capfd, tmp_path, f"{evaluate} 0.2", "trained with --val-fraction 0.15")
-    images = []
-    for split in data[:2]:
-        [(x, _)] = split.batches(torch.arange(len(split.labels)), 99, False)
-        images += [image.numpy().tobytes() for image in x]
-    assert len(set(images)) == 40
-    write_images(tmp_path / "more")
-    check_refused(capfd, tmp_path, f"train {ONE} --arch resnet20 --val-fraction 0.1".replace(
-        "{root}/data", "{root}/more"), "--val-fraction")
 
 def test_a_network_for_large_images_on_small_ones(tmp_path, capfd):
     write_images(tmp_path / "data", size=32)

@@ -19,7 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tas
 import torch
 from command import printable, run
+from graphs import FastStep
 from timing import medians
+
+def make_step(how):
+    """What takes the place of tas.take_step in one case: a FastStep is of one network."""
+    return {"eager": tas.take_step, "graphs": FastStep(captures=True),
+            "compiled": FastStep(compiles=True, captures=False)}[how]
 
 def search_case(args, space, batch, candidates):
     """Function of one round of the search: a step of the weights, then one of alpha and beta."""
@@ -27,12 +33,11 @@ def search_case(args, space, batch, candidates):
     net = tas.to_device(tas.SuperResNet(space), args)
     weights = [p for name, p in net.named_parameters() if name not in ("alpha", "beta")]
     optimizer = tas.sgd(weights, args)
-    arch_optimizer = torch.optim.Adam([net.alpha, net.beta], tas.ARCH_LR, fused=True,
-                                      capturable=args.device.type == "cuda")
+    arch_optimizer = torch.optim.Adam([net.alpha, net.beta], tas.ARCH_LR, fused=True)
     target, tau = tas.count_macs(space.full) / 2, torch.ones((), device=args.device)
-    weight_step = tas.Step(args, net, optimizer, tas.search_loss, tau)
-    arch_step = tas.Step(args, net, arch_optimizer, tas.architecture_loss, tau, target)
-    return lambda: (weight_step(*batch), arch_step(*batch))
+    step = make_step(args.how)
+    return lambda: (step(args, net, optimizer, tas.search_loss, tau, *batch),
+                    step(args, net, arch_optimizer, tas.architecture_loss, tau, target, *batch))
 
 @torch.no_grad()
 def infer(args, net, images):
@@ -41,16 +46,16 @@ def infer(args, net, images):
         return net(images)
 
 def make_cases(args, space, shapes):
-    """name -> function of all that is timed, in the precision of args."""
+    """name -> function of all that is timed, in the precision and by the steps of args."""
     size, n = space.full.image_size, args.batch_size
     pixels = torch.randint(256, (n, size, size, 3), dtype=torch.uint8)
     split, order = tas.SmallImages(pixels, torch.randint(10, (n,)), args.device), torch.arange(n)
     batch = next(split.batches(order, n, True))
     net = tas.to_device(tas.pad_channels(tas.ResNet(space.full)), args)
     optimizer = tas.sgd(net.parameters(), args)
-    step = tas.Step(args, net, optimizer, tas.training_loss, None)
+    step = make_step(args.how)
     cases = {
-        "training": lambda: step(*batch),
+        "training": lambda: step(args, net, optimizer, tas.training_loss, None, *batch),
         "batching, augmentation": lambda: next(split.batches(order, n, True))}
     for k in args.candidates or (2, space.num_widths):
         cases[f"search round, {k} candidates"] = search_case(args, space, batch, k)
@@ -82,9 +87,7 @@ def bench(args):
     space = tas.Space(args.arch, 10, args.image_size).to(args.device)
     shapes, cases, rows, macs = read_shapes(args, space), {}, [], {}
     for precision, how in itertools.product(args.precision, args.how):
-        own = argparse.Namespace(**{**vars(args), "precision": precision})
-        own.graphs = "auto" if how == "graphs" else "off"
-        own.compile = "on" if how == "compiled" else "off"
+        own = argparse.Namespace(**{**vars(args), "precision": precision, "how": how})
         for name, function in make_cases(own, space, shapes).items():
             if how == args.how[0] or name.startswith(("training", "search")):  # others are eager
                 cases[name, precision, how] = function

@@ -42,7 +42,8 @@ def run(parser, function, argv):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (tas.TASError, OSError) as error:
-        warn(f"error: {error}")
+        reason = str(error).rsplit("TASError: ", 1)[-1]  # where a worker process raised it
+        warn(f"error: {reason.strip()}")
         return 2
     except KeyboardInterrupt:
         warn("stopped")

@@ -22,9 +22,9 @@ bench() {  # compiled apart, as compiling takes minutes
     done
 }
 
-prune() {  # each part is stopped in the middle, and goes on
-    local line=(tas.py prune --data synthetic --arch resnet20 --epochs "$epochs" --device "$device"
-                --batch-size "$batch" --out "$out/prune") part
+prune() {  # in captured steps; each part is stopped in the middle, and goes on
+    local line=(tools/graphs.py prune --data synthetic --arch resnet20 --epochs "$epochs"
+                --device "$device" --batch-size "$batch" --out "$out/prune") part
     rm -rf "$out/prune"
     for part in teacher search pruned; do
         python "${line[@]}" & local process=$!

@@ -421,6 +421,21 @@ def test_resuming(gpu, tiny, capsys, tmp_path, monkeypatch, name):
                     for out in ("whole", "parts"))
     assert len(whole) == 3 and whole == parts
 
+@pytest.mark.parametrize("name, parts", [("train", 1), ("search", 2)])
+def test_steps_that_cannot_be_captured(gpu, tiny, capsys, tmp_path, monkeypatch, name, parts):
+    """One warning for each; the run is as without the trial, random numbers included."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tas, "take_step", tas.take_step)  # to be put back
+    line = f"{name} --data synthetic --arch resnet20 {SIZE} --quiet --out"
+    command(capsys, f"{line} plain")
+    assert importlib.import_module("graphs").main(f"{line} tried".split()) == 0
+    err = capsys.readouterr().err
+    assert err.count("warning: a step is not compiled or captured: ") == parts == err.count("\n")
+    plain, tried = ([json.loads(text) | MEASURED
+                     for text in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+                    for out in ("plain", "tried"))
+    assert len(plain) == 2 and plain == tried
+
 def test_the_cpu_leaves_the_gpu_alone(gpu, tiny, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("_lazy_init", "get_rng_state", "set_device", "set_rng_state", "synchronize"):

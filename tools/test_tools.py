@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import statistics
@@ -36,10 +37,13 @@ import describe
 import export
 import figure
 import finished
+import graphs
 import latency
 import layers
 import predict
 import report
+import split
+import sweep
 import tas
 import timing
 import trajectory
@@ -50,7 +54,8 @@ torch.set_num_threads(1)  # small tensors: sharing them out would take longer th
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=100, database=None,
                     suppress_health_check=[HealthCheck.function_scoped_fixture,
                                            HealthCheck.too_slow])
-SCRIPTS = "bench", "describe", "export", "latency", "predict", "report", "weights"
+SCRIPTS = ("bench", "describe", "export", "latency", "predict", "report", "split", "sweep",
+           "weights")
 CHEAP = "--data folder --image-size 8 --batch-size 6 --workers 0 --precision fp32 --quiet"
 SIZE = 8  # pixels
 
@@ -162,7 +167,7 @@ for script in sys.argv[1:]:
         print(end.code)
     sys.path[:] = before
     for name in {*sys.modules} - known:
-        if name in ("tas", "command", "events", "figure", "finished", "trajectory"):
+        if name in ("tas", "command", "events", "figure", "finished", "report", "trajectory"):
             del sys.modules[name]
 """
 
@@ -474,10 +479,21 @@ def test_bench_times_what_it_says(monkeypatch, capsys):
     hows = collections.Counter(how for name, _, how in cases if "inference" not in name)
     assert hows == {"eager": 4, "compiled": 3, "graphs": 3} and len(cases) == 10 + 4
     assert capsys.readouterr().out.count("2000 MB") == len(cases)
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
-    bench.main(line.split())
-    assert compiled == [tas.training_loss] + 2 * [tas.search_loss, tas.architecture_loss]
+    losses = [tas.training_loss] + 2 * [tas.search_loss, tas.architecture_loss]
+    for how, expected in (("eager", ([], [])), ("compiled", (losses, [])),
+                          ("graphs", ([], losses))):
+        compiled, captured = [], []
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
+            patch.setattr(graphs.FastStep, "can_capture", lambda step, _: step.captures)
+            patch.setattr(graphs, "capture",
+                          lambda step, *_: captured.append(step.args[3]) or step)
+            for name in ("training", "search round, 2 candidates", "search round, 8 candidates"):
+                for _ in range(2):  # of which the second is as the first
+                    cases[name, "fp32", how]()
+        assert (compiled, captured) == expected
+    assert capsys.readouterr().err == ""
+    seen.clear(), drawn.clear()
     cases["training", "fp32", "eager"]()
     assert seen == [(False, False)] and drawn == []
     for k in (2, 8):
@@ -928,11 +944,14 @@ echo "$@" >> {tmp_path}/commands
     commands = [line.split() for line in (tmp_path / "commands").read_text().splitlines()]
     assert len(commands) == (8 if fails else 10)
     for program, *words in commands:
-        if "tas.py" in (program, *words[:4]):
-            words = [program, *words][[program, *words].index("tas.py") + 1:]
+        if "tas.py" in words[:4]:  # in processes that torch starts
+            program, *words = words[words.index("tas.py"):]
+        if program in ("tas.py", "tools/graphs.py"):
             assert tas.build_parser().parse_args(words).device == "cuda"
+            assert (program == "tools/graphs.py") == (words[0] == "prune")
         elif program != "-m":
-            assert (HERE.parent / program).is_file() and words[0] in tas.ARCHS
+            assert words[0] in tas.ARCHS
+        assert program == "-m" or (HERE.parent / program).is_file()
 
 # ---- latency ------------------------------------------------------------------------------------
 
@@ -1088,6 +1107,214 @@ def test_torchvision_s_weights(tmp_path, capsys, monkeypatch):
     (tmp_path / f"hub/checkpoints/resnet18-{beginning}.pth").write_bytes(buffer.getvalue())
     assert weights.main(line) == 0
     assert tas.load(tmp_path / "run").shape.num_classes == 1000
+
+# ---- split --------------------------------------------------------------------------------------
+
+def write_classes(root, counts):
+    """train/ of as many images as counts[class]; each file holds its own first name."""
+    for label, count in counts.items():
+        for i in range(count):
+            path = root / "train" / label / f"{i}.{('png', 'JPEG')[i % 2]}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{label}/{path.name}")
+    return root
+
+def contents(root):
+    """{file: what it holds}, of every file below a directory."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+def slow_split(root, fraction):
+    """What contents(root) should be after a split."""
+    expected = contents(root)
+    for folder in (root / "train").iterdir():
+        names = sorted(p.name for p in folder.iterdir() if p.suffix in (".png", ".JPEG"))
+        random.Random(0).shuffle(names)
+        for name in names[:max(1, round(fraction * len(names)))]:
+            expected[f"test/{folder.name}/{name}"] = expected.pop(f"train/{folder.name}/{name}")
+    return expected
+
+COUNTS = {"ant": 20, "bee": 13, "cat": 3}
+
+@pytest.mark.parametrize("fraction, kept", [(0.1, (18, 12, 2)), (0.3, (14, 9, 2))])
+def test_split_moves_a_part_of_every_class(tmp_path, capsys, fraction, kept):
+    root = write_classes(tmp_path / "data", COUNTS)
+    (root / "train/ant/notes.txt").touch()
+    expected = slow_split(root, fraction)
+    assert split.main([str(root), "--fraction", str(fraction)]) == 0
+    assert contents(root) == expected
+    assert sorted(path.name for path in root.iterdir()) == ["test", "train"]
+    lines = [f"{label}: {k} in train, {n - k} in test" for (label, n), k in
+             zip(COUNTS.items(), kept)]
+    lines.append(f"{root}: {sum(kept)} in train, {36 - sum(kept)} in test")
+    assert capsys.readouterr().out.splitlines() == lines
+    for k, label in zip(kept, COUNTS):
+        assert len(list((root / "train" / label).glob("*.[pJ]*"))) == k
+
+def test_split_makes_what_tas_reads(tmp_path, capsys):
+    write_images(tmp_path / "data")
+    shutil.rmtree(tmp_path / "data/val")
+    line = f"train {CHEAP} --data-dir {tmp_path}/data --arch resnet20 --epochs 1 --out {tmp_path}/x"
+    check_refused(capsys, tas, *line.split(), words=["tools/split.py"])
+    assert split.main([str(tmp_path / "data")]) == 0
+    data = tas.load_data("folder", f"{tmp_path}/data", 8, torch.device("cpu"), 0)
+    assert data.train.labels.bincount().tolist() == [11, 11]
+    assert data.test.labels.bincount().tolist() == [1, 1]
+    assert tas.main(line.split()) == 0
+
+def test_split_goes_on_after_an_interruption(tmp_path, capsys, monkeypatch):
+    """Wherever that is, also with another fraction; no file is lost or changed at any time."""
+    plain, calls = os.rename, []
+
+    def rename(source, destination):
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        calls.append(source)
+        plain(source, destination)
+
+    for last, fraction in itertools.product(range(12), ("0.3", "0.1", "0.5")):
+        root = write_classes(tmp_path / f"{last} {fraction}", COUNTS)
+        before, expected = contents(root), slow_split(root, float(fraction))
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", rename)
+            assert split.main([str(root), "--fraction", "0.3"]) == 130
+        assert len(calls) == last and not (root / "test").exists()
+        assert sorted(contents(root).values()) == sorted(before.values())
+        assert split.main([str(root), "--fraction", fraction]) == 0
+        assert contents(root) == expected and not (root / "test.part").exists()
+    assert split.main([str(root)]) == 2 and len(calls) == 11  # images
+
+def test_split_overwrites_nothing(tmp_path, capsys):
+    """An image that is in both folders stays in both."""
+    root = write_classes(tmp_path / "data", COUNTS)
+    (root / "test.part/bee").mkdir(parents=True)
+    (root / "test.part/bee/4.png").write_text("another one")
+    before = contents(root)
+    check_refused(capsys, split, root, words=["bee/4.png", "remove one"])
+    assert contents(root) == before
+
+@pytest.mark.parametrize("change, line, words", [
+    (lambda root: (root / "test").mkdir(), "", ["has test/ already"]),
+    (lambda root: (root / "val/ant").mkdir(parents=True), "", ["has val/ already"]),
+    (lambda root: shutil.rmtree(root / "train"), "", ["{root}/train"]),
+    (shutil.rmtree, "", ["{root}/train"]),
+    (lambda root: [shutil.rmtree(root / "train"), (root / "train").mkdir()], "", ["class"]),
+    (lambda root: [(root / "train/x").mkdir(), (root / "train/x/1.txt").touch()], "", ["x"]),
+    (lambda root: write_classes(root, {"dog": 1}), "", ["dog has 1 image", "none for training"]),
+    (lambda root: None, "--fraction 0.9", ["cat has 3 images"]),
+    (lambda root: None, "--fraction 1", ["--fraction", "0.9"]),
+    (lambda root: None, "--fraction 0", ["--fraction"])])
+def test_split_refuses_before_it_moves(tmp_path, capsys, change, line, words):
+    root = write_classes(tmp_path / "data", COUNTS)
+    change(root)
+    before = sorted(tmp_path.rglob("*"))
+    check_refused(capsys, split, root, *line.split(), words=[w.format(root=root) for w in words])
+    assert sorted(tmp_path.rglob("*")) == before
+
+# ---- sweep --------------------------------------------------------------------------------------
+
+def check_same_training(a, b):
+    """The same network, state and curve to the last bit."""
+    assert (a / "shape.json").read_bytes() == (b / "shape.json").read_bytes()
+    results = [tas.read_json(path / "run.json")["result"] | {"seconds": 0} for path in (a, b)]
+    assert results[0] == results[1]
+    measured = "seconds", "images_per_second", "memory_mb"
+    curves = [[{k: v for k, v in json.loads(line).items() if k not in measured}
+               for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (a, b)]
+    assert curves[0] == curves[1] and len(curves[0]) == 2
+    for name in ("net", "optimizer"):
+        states = [tas.load_tensors(path / "last.ckpt")["parts"][name] for path in (a, b)]
+        buffers = [io.BytesIO(), io.BytesIO()]
+        for state, buffer in zip(states, buffers):
+            torch.save(state, buffer)
+        assert buffers[0].getvalue() == buffers[1].getvalue()
+
+def test_sweep_prunes_to_several_targets(world, tmp_path):
+    """They share the teacher; each is what it would be alone, and has a row."""
+    base, place = tmp_path / "runs", f"{CHEAP} --data-dir {world}/insects --arch resnet20"
+    line = f"0.5,0.3 {place} --epochs 2 --out {base}"
+    assert sweep.main(line.split()) == 0
+    assert sorted(str(path.relative_to(base)) for path in base.glob("*/*/")) == [
+        "0.3/pruned", "0.3/search", "0.5/pruned", "0.5/search", "0.5/teacher"]
+    for name in ("teacher", "search", "pruned"):
+        check_same_training(base / "0.5" / name, world / "runs" / name)
+    teacher = tas.checksum(tas.load(base / "0.5/teacher"))
+    for target in ("0.5", "0.3"):
+        settings = tas.read_json(base / target / "pruned/run.json")["settings"]
+        assert settings["teacher"] == teacher
+        shape = tas.Shape.load(base / target / "pruned")
+        share = tas.count_macs(shape) / tas.count_macs(shape.full)
+        assert abs(share / float(target) - 1) <= 0.05
+    alone = f"prune {place} --epochs 2 --flops 0.3 --teacher {world}/runs/teacher"
+    assert tas.main(f"{alone} --out {tmp_path}/a".split()) == 0
+    for name in ("search", "pruned"):
+        check_same_training(base / "0.3" / name, tmp_path / "a" / name)
+    table = (base / "report.md").read_text()
+    runs = [row.split(" | ")[-1].strip(" |") for row in table.splitlines() if "resnet20" in row]
+    assert sorted(runs) == ["0.3/pruned", "0.5/pruned", "0.5/teacher"]
+    Image.open(base / "report.png").verify()
+    before = contents(base)  # finished parts are kept
+    assert sweep.main(line.split()) == 0
+    assert contents(base) == before | {name: contents(base)[name] for name in
+                                       ("report.md", "report.png")}
+
+@pytest.mark.parametrize("targets, options, words", [
+    ("0.5,0.001", "--arch resnet20", ["possible are"]), ("0.5,", "--arch resnet20", ["--flops"]),
+    ("0.5,../x", "--arch resnet20", ["--flops ../x"]), ("0.5,0.3", "", ["--arch"]),
+    ("0.5,0.3", "--arch resnet20 --flops 0.4", ["leave --flops out"]),
+    ("0.5,0.3", "--arch resnet20 --flops=0.4", ["leave --flops out"]),
+    ("0.5,0.3", "--arch resnet20 --teacher=", ["--teacher"]),
+    ("0.5,0.3", "--arch resnet20 --transfer none --init {world}/runs/teacher", ["--init"]),
+    ("0.5,0.3", "--arch resnet20 --teacher {world}/runs/search", ["weights.pt"])])
+def test_sweep_refuses_before_it_trains(world, tmp_path, capsys, targets, options, words):
+    line = f"{targets} {CHEAP} --data-dir {{world}}/insects --out {tmp_path}/runs {options}"
+    check_refused(capsys, sweep, *line.format(world=world).split(), words=words)
+    assert not (tmp_path / "runs").exists()
+
+def test_sweep_finds_what_is_in_the_way_of_a_later_target(world, tmp_path, capsys):
+    (tmp_path / "0.3/search").mkdir(parents=True)
+    (tmp_path / "0.3/search/photo.png").touch()
+    line = f"0.5,0.3 {CHEAP} --data-dir {world}/insects --arch resnet20 --out {tmp_path}"
+    check_refused(capsys, sweep, *line.split(), words=[tmp_path / "0.3/search"])
+    assert not (tmp_path / "0.5").exists()
+
+def test_sweep_under_torchrun(capsys, monkeypatch):
+    """A second part there would wait for ever for its group of processes."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_refused(capsys, sweep, "0.5,0.3", words=["one target at a time"])
+
+def test_sweep_names_an_image_that_a_worker_cannot_read(world, tmp_path, capsys):
+    shutil.copytree(world / "insects", tmp_path / "insects")
+    (tmp_path / "insects/train/bee/3.png").write_text("no image")
+    line = f"0.5 {CHEAP} --data-dir {tmp_path}/insects --arch resnet20 --workers 2"
+    err = check_refused(capsys, sweep, *line.split())
+    assert err.startswith(f"error: cannot read the image {tmp_path}/insects/train/bee/3.png")
+
+@pytest.mark.parametrize("options, first, later", [
+    ("", "", "--teacher {base}/0.5/teacher"),
+    ("", "--init {world}/runs/teacher", "--teacher {base}/0.5/teacher"),
+    ("--teacher {world}/runs/teacher", "", ""), ("--transfer none", "", "")])
+@pytest.mark.parametrize("out, base", [("", "runs/insects-resnet20"), ("--out=a/b", "a/b")])
+def test_sweep_gives_the_teacher_of_the_first_to_the_others(world, tmp_path, monkeypatch, options,
+                                                            first, later, out, base):
+    """And ends with the status of the first part that fails."""
+    monkeypatch.chdir(tmp_path)
+    parse, shared = tas.build_parser().parse_args, f"{CHEAP} --data-dir {world}/insects {options}"
+    expected = []
+    for target, more in (("0.5", first), ("0.3", later), ("2M", later)):
+        line = f"prune {shared} --arch resnet20 {more} --flops {target} --out {base}/{target}"
+        expected.append(vars(parse(line.format(world=world, base=base).split())))
+    seen, reports = [], []
+    monkeypatch.setattr(tas, "main", lambda line: seen.append(vars(parse(line))) or statuses.pop())
+    monkeypatch.setattr(report, "main", lambda line: reports.append(line) or 0)
+    line = f"{shared} {first} --arch resnet20 {out}".format(world=world).split()
+    statuses = [0, 0, 0]
+    assert sweep.main(["0.5,0.3, 2M", *line]) == 0
+    assert seen == expected and reports == [[base]]
+    seen.clear(), reports.clear()
+    statuses = [0, 130, 0]
+    assert sweep.main(["0.5,0.3, 2M", *line]) == 130
+    assert seen == expected[:2] and reports == []
 
 # ---- TensorBoard --------------------------------------------------------------------------------
 

@@ -1,0 +1,120 @@
+"""Run a command of tas.py with steps that are a single launch each on a GPU.
+
+    python tools/graphs.py search --data cifar10 --arch resnet56
+    python tools/graphs.py --compile search --data cifar10 --arch resnet56
+
+A step is captured as a CUDA graph at its first use and replayed, after two replayed steps have
+equalled two eager ones. --compile compiles the losses with torch.compile, on any device. Where
+either fails, the forward or the backward pass, one warning says so, nothing is left of the trial,
+and the steps are those of tas.py. The results are those of tas.py up to rounding.
+"""
+
+import contextlib
+import functools
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tas
+import torch
+
+plain_step = tas.take_step
+
+@contextlib.contextmanager
+def without_trace(net, optimizer, device):
+    """Undo what is done inside: to parameters, buffers, the optimiser's state, random numbers."""
+    def tensors():
+        moments = itertools.chain(*[state.values() for state in optimizer.state.values()])
+        return [*net.parameters(), *net.buffers(), *filter(torch.is_tensor, moments)]
+
+    before = {tensor: tensor.detach().clone() for tensor in tensors()}
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor in tensors():  # a new one is a moment, for which 0 is as good as nothing
+                tensor.copy_(before[tensor] if tensor in before else torch.zeros_like(tensor))
+
+def capture(step, net, optimizer, device, batch):
+    """A step of a batch as a CUDA graph, which must do in two steps what the step itself does."""
+    group = optimizer.param_groups[0]
+    rate = torch.tensor(float(group["lr"]), device=device)  # read by the graph, set at each replay
+    inputs, graph = [t.clone() for t in batch], torch.cuda.CUDAGraph()
+
+    def two(function):
+        with without_trace(net, optimizer, device):
+            results = [function(*batch) for _ in range(2)]
+            return [*results, *[p.detach().clone() for p in net.parameters()]]
+
+    def replay(*batch):
+        rate.fill_(group["lr"])
+        for old, new in zip(inputs, batch):
+            old.copy_(new)
+        graph.replay()
+        return result.clone()
+
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # as a capture wants its warm-up
+        expected = two(step)
+    torch.cuda.synchronize()
+    before, group["lr"] = dict(group), rate
+    if "capturable" in group:
+        group["capturable"] = True
+    try:
+        with torch.cuda.graph(graph):
+            result = step(*inputs)
+    finally:
+        group.update(before)
+    for a, b in zip(two(replay), expected):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+    return replay
+
+class FastStep:
+    """In the place of tas.take_step, whose arguments but for the batch are the same in a run."""
+
+    def __init__(self, compiles=False, captures=True):
+        self.compiles, self.captures, self.net, self.steps = compiles, captures, None, {}
+
+    def __call__(self, args, net, optimizer, loss_function, *inputs):
+        *given, x, y = inputs
+        if net is not self.net:  # of the next run
+            self.net, self.steps = net, {}
+        if optimizer not in self.steps:
+            step = self.prepare(args, net, optimizer, loss_function, given, (x, y))
+            self.steps[optimizer] = step
+        return self.steps[optimizer](x, y)
+
+    def can_capture(self, args):
+        """Whether a step is to be captured: on one GPU."""
+        return self.captures and args.device.type == "cuda" and args.world == 1
+
+    def prepare(self, args, net, optimizer, loss_function, given, batch):
+        """The step, compiled and captured as far as this works here."""
+        def step_of(loss):
+            return functools.partial(plain_step, args, net, optimizer, loss, *given)
+
+        step = plain = step_of(loss_function)
+        try:
+            with without_trace(net, optimizer, args.device):
+                if self.compiles:
+                    step = step_of(torch.compile(loss_function, fullgraph=True, dynamic=False))
+                    step(*batch)  # compiles the backward pass, too
+                if self.can_capture(args):
+                    step = capture(step, net, optimizer, args.device, batch)
+        except Exception as error:
+            reason = tas.printable(str(error).strip())[:100]
+            print(f"warning: a step is not compiled or captured: {reason}", file=sys.stderr)
+            return plain
+        return step
+
+def main(argv=None):
+    """Run the command of tas.py; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    compiles = argv[:1] == ["--compile"]
+    tas.take_step = FastStep(compiles)
+    return tas.main(argv[compiles:])
+
+if __name__ == "__main__":
+    sys.exit(main())
