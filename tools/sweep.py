@@ -27,10 +27,9 @@ def take_own(options):
 
 def plan(targets, options):
     """The directory of all targets, and the command line of each."""
-    tas.require_values(options)
     own, shared = take_own(options)
     tas.require(own.flops is None, "leave --flops out; the targets come first, such as 0.5,0.3")
-    args = tas.build_parser().parse_args(["prune", *shared])
+    args = tas.parse_arguments(["prune", *shared])
     base = Path(own.out or tas.base_directory(args))
     start = ["--init", own.init] if own.init else []  # of the teacher
     lines = []
@@ -42,7 +41,7 @@ def plan(targets, options):
 
 def check(line):
     """All that can go wrong with a target, before hours of training for another one."""
-    args = tas.build_parser().parse_args(line)
+    args = tas.parse_arguments(line)
     for step in ("teacher", "search", "pruned"):
         directory = Path(args.out, step)
         if not (directory / "run.json").exists():
