@@ -1045,9 +1045,10 @@ def open_folders(root):
     require(tests, f"{root} has neither test/ nor val/; make one, or let python tools/split.py "
             f"{root} keep a tenth of each class of train/ for testing")
     test = open_folder(tests[0])
-    odd = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
+    odd = sorted(set(train.classes) ^ set(test.classes))
+    why = f"only one has {', '.join(odd)[:80]}" if odd else "there is one class only"
     require(not odd and len(train.classes) > 1, f"{train.root} and {test.root} must have the same "
-            f"class folders, two or more; {f'only one has {odd[:80]}' if odd else 'it is one class'}")
+            f"class folders, two or more; {why}")
     return train, test
 
 def read_all(folder, size, workers):
@@ -1263,7 +1264,8 @@ def search(run, data, space, target):
 
     for epoch in range(len(metrics), args.epochs):
         start, weight_seen, arch_seen = time.perf_counter(), [], []
-        tau.fill_(gumbel_temperature(epoch, args.epochs, args.tau_start, args.tau_end))
+        temperature = gumbel_temperature(epoch, args.epochs, args.tau_start, args.tau_end)
+        tau.fill_(temperature)
         net.train()
         batches = [shuffled_batches(data.train, half, args) for half in halves]
         for i, (batch, arch_batch) in run.steps(epoch, steps, zip(*batches), arch_seen):
@@ -1275,7 +1277,7 @@ def search(run, data, space, target):
         val_loss, val_accuracy = mean_of_steps(run, epoch, arch_seen)
         metrics.append({
             "epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy,
-            "val_loss": val_loss, "val_accuracy": val_accuracy, "tau": tau.item(),
+            "val_loss": val_loss, "val_accuracy": val_accuracy, "tau": temperature,
             **measure_sizes(net), **resources(args, optimizer, 2 * steps * args.batch_size, start)})
         run.save(state, metrics)
     return extract(space, net.alpha, net.beta, target, args.tolerance), metrics
