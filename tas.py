@@ -1273,8 +1273,9 @@ def search(run, data, space, target):
             weight_seen.append(take_step(args, net, optimizer, search_loss, tau, *batch))
             arch_seen.append(take_step(args, net, arch_optimizer, architecture_loss, tau, target,
                                        *arch_batch))
-        train_loss, train_accuracy = mean_of_steps(run, epoch, weight_seen)
+        # These first: a loss that is not finite here spoils the weights from the next step on.
         val_loss, val_accuracy = mean_of_steps(run, epoch, arch_seen)
+        train_loss, train_accuracy = mean_of_steps(run, epoch, weight_seen)
         metrics.append({
             "epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy,
             "val_loss": val_loss, "val_accuracy": val_accuracy, "tau": temperature,
@@ -1810,8 +1811,8 @@ def command_eval(args):
     net = load(args.dir, trained=True)
     args.arch, args.image_size = net.shape.arch, args.image_size or net.shape.image_size
     settings, result = read_run(args.dir)
-    if args.precision == "auto":  # as in the last epoch of the run
-        args.precision = settings.get("precision", "auto")
+    if args.precision == "auto" and settings.get("precision") in ("fp32", "bf16"):
+        args.precision = settings["precision"]  # as in the last epoch of the run
     data = open_data(args, TRAIN_EPOCHS)
     classes = result.get("classes") or data.classes
     require(len(data.classes) == net.shape.num_classes and classes == data.classes,
@@ -1923,7 +1924,7 @@ def add_search_options(command):
 
 def printable(text):
     """At most 500 characters, those that a terminal would act upon escaped."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
     return shown if len(shown) <= 500 else shown[:497] + "..."
 
 def say(text):
@@ -1933,12 +1934,12 @@ def say(text):
 def warn(text):
     """One line on stderr."""
     if is_first():
-        print(f"warning: {printable(text)}", file=sys.stderr)
+        print(printable(f"warning: {text}"), file=sys.stderr)
 
 def complain(message):
     """One line on stderr; the exit status."""
     with contextlib.suppress(OSError):
-        print(f"error: {printable(message)}", file=sys.stderr)
+        print(printable(f"error: {message}"), file=sys.stderr)
     return 2
 
 def parse_arguments(argv):

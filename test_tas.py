@@ -2110,7 +2110,7 @@ def test_a_huge_learning_rate_stops_the_run(root, tmp_path, capfd):
 
 @pytest.mark.parametrize("line, call, step, value", [
     (TRAIN, 7, 3, math.nan), (TRAIN, 8, 4, math.inf), (SEARCH, 7, 2, math.nan),
-    (SEARCH, 8, 2, math.inf), (GUIDED, 7, 3, math.nan)])
+    (SEARCH, 8, 2, math.inf), (SEARCH, 6, 1, math.nan), (GUIDED, 7, 3, math.nan)])
 def test_a_loss_that_is_not_finite_is_located(root, tmp_path, capfd, monkeypatch, line, call, step,
                                               value):
     """24 images, batch 6: 4 steps of training or 2 of search, of 2 losses each, in an epoch."""

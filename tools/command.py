@@ -9,25 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tas
-
-LONGEST = 500  # characters of a message
-
-def printable(text):
-    """The text with newlines, escape sequences and all else that a terminal obeys as escapes."""
-    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)]
-    return "".join(shown)
+from tas import printable
 
 def markdown(text):
     """The text as it is, where Markdown or HTML would read more into it."""
     text = html.escape(printable(text), quote=False)
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
-
-def warn(message):
-    """One line on stderr."""
-    line = printable(message)
-    if len(line) > LONGEST:
-        line = line[:LONGEST - 4] + " ..."
-    print(line, file=sys.stderr)
 
 def run(parser, function, argv):
     """Parse argv and call function(args). Returns the exit status: what the function returns or 0;
@@ -43,8 +30,7 @@ def run(parser, function, argv):
         return 141
     except (tas.TASError, OSError) as error:
         reason = str(error).rsplit("TASError: ", 1)[-1]  # where a worker process raised it
-        warn(f"error: {reason.strip()}")
-        return 2
+        return tas.complain(reason.strip())
     except KeyboardInterrupt:
-        warn("stopped")
+        print("stopped", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tas
 import torch
-from command import printable, run, warn
+from command import printable, run
 
 def class_names(directory, count):
     """Names of the classes in the order of the network's outputs; numbers where the run has none,
@@ -34,7 +34,7 @@ def predict(args):
         try:
             image = tas.preprocess(tas.read_image(path), net.shape.image_size)
         except tas.TASError as error:  # the other files are classified all the same
-            warn(f"error: {error}")
+            tas.complain(str(error))
             status = 2
             continue
         top = net(image)[0].softmax(0).topk(min(args.top, len(names)))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tas
-from command import markdown, printable, run, warn
+from command import markdown, printable, run
 from events import write_events
 from figure import draw
 from finished import MISSING, group_trainings, read_run
@@ -31,7 +31,7 @@ def find_runs(directories):
             try:
                 found = read_run(path)
             except tas.TASError as error:
-                warn(f"left out {path}: {error}")
+                tas.warn(f"left out {path}: {error}")
                 continue
             if found:
                 runs.setdefault(path.resolve(), found)

@@ -151,7 +151,7 @@ def test_names_are_shown_as_they_are_and_obeyed_by_nobody(text):
 @given(TEXT.map(lambda text: text * 40))
 def test_messages_are_one_short_line(capsys, text):
     capsys.readouterr()
-    command.warn(f"error: {text}")
+    tas.complain(text)
     one_line(capsys)
 
 STARTS = """
@@ -723,7 +723,7 @@ def test_one_damaged_run_is_named_and_left_out(world, tmp_path, capsys, name, co
     if name == "machine":  # is shown, whatever it is
         assert capsys.readouterr().err == ""
         return
-    assert one_line(capsys).startswith(f"left out {tmp_path}/a\\nb/search: ")
+    assert one_line(capsys).startswith(f"warning: left out {tmp_path}/a\\nb/search: ")
     assert Image.open(base / "report.png").height < 700  # without the search's panels
 
 def test_an_accuracy_of_another_log_is_left_out(world, tmp_path, capsys):
