@@ -143,6 +143,7 @@ full20() {
 }
 
 # ---- The paper's experiments, on a GPU ----------------------------------------------------------
+# tools/graphs.py is tas.py with a step as a single launch where that is possible.
 
 trial=(${EPOCHS:+--epochs "$EPOCHS"} ${BATCH:+--batch-size "$BATCH"})
 
@@ -150,7 +151,7 @@ table() {  # the targets are the achieved costs of the paper's rows
     local root=${ROOT:-runs/table} data arch share macs images epochs searched seed
     while read -r data arch share macs images epochs searched; do
         for seed in ${SEEDS:-0}; do
-            set -- tas.py prune --data "${DATA:-$data}" --arch "$arch" --flops "$share" \
+            set -- tools/graphs.py prune --data "${DATA:-$data}" --arch "$arch" --flops "$share" \
                 --seed "$seed" --out "$root/$data-$arch-$seed" "${trial[@]}"
             [ "$data" != imagenet ] || set -- "$@" --data-dir "$IMAGENET"
             run "$@"
@@ -168,7 +169,7 @@ table() {  # the targets are the achieved costs of the paper's rows
 }
 
 teacher() {  # teacher DATA ARCH MACS SEED
-    run tas.py train --data "${DATA:-$1}" --arch "$2" --seed "$4" --out "$root/teacher-$4" \
+    run tools/graphs.py train --data "${DATA:-$1}" --arch "$2" --seed "$4" --out "$root/teacher-$4" \
         "${trial[@]}"
     cost "$3" 50 "$(passes 300 0 0 1)"
 }
@@ -177,10 +178,10 @@ ablation() {  # ablation DATA ARCH MACS SHARE NAME SEED "TRANSFER ..." [search f
     local data=${DATA:-$1} arch=$2 macs=$3 share=$4 dir=$root/$5-$6 seed=$6 transfers=$7 transfer
     shift 7
     local teacher=$root/teacher-$seed searched=600
-    run tas.py search --data "$data" --arch "$arch" --flops "$share" --seed "$seed" \
+    run tools/graphs.py search --data "$data" --arch "$arch" --flops "$share" --seed "$seed" \
         --out "$dir/search" "${trial[@]}" "$@"
     for transfer in $transfers; do
-        run tas.py train --data "$data" --shape "$dir/search/shape.json" --teacher "$teacher" \
+        run tools/graphs.py train --data "$data" --shape "$dir/search/shape.json" --teacher "$teacher" \
             --transfer "$transfer" --seed "$seed" --out "$dir/$transfer" "${trial[@]}"
     done
     case "$*" in *random* | *uniform*) searched=0 ;; esac

@@ -26,7 +26,6 @@ import platform
 import shlex
 import signal
 import stat
-import string
 import sys
 import time
 import zipfile
@@ -86,6 +85,7 @@ STD = 0.229, 0.224, 0.225       # constants of its own)
 SYNTHETIC_IMAGES = 4096, 1024   # of training and test (ours)
 # Running.
 CHANNEL_MULTIPLE = 8            # widths are padded to it in training (ours; faster)
+LONGEST_MESSAGE = 500           # characters (ours)
 BAR_STEPS = 50                  # between looks at the loss, which wait for the device (ours)
 
 class TASError(ValueError):
@@ -348,6 +348,8 @@ class Space:
             cost = torch.tensor(found["cost"], dtype=torch.float64)
             if cost.shape != self.cost.shape or not ((cost >= 0) & cost.isfinite()).all():
                 raise ValueError(f"{list(cost.shape)}, not {list(self.cost.shape)}")
+            if not found["unit"]:
+                raise ValueError("no unit")
             self.cost, self.unit = cost, f"{found['unit']:.20}"
 
     def show(self, cost):
@@ -969,8 +971,12 @@ class LargeImages(torch.utils.data.Dataset):
         self.augment = v2.Compose([
             v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
             v2.ColorJitter(COLOUR_JITTER, COLOUR_JITTER, COLOUR_JITTER), v2.PILToTensor()])
-        self.content = [(os.path.relpath(file, folder.root), os.path.getsize(file))
-                        for file, _ in folder.samples]
+
+    @functools.cached_property
+    def content(self):
+        """Names and sizes of the files, which tell these images from others."""
+        files = [path for path, _ in self.folder.samples]
+        return [(os.path.relpath(path, self.folder.root), os.path.getsize(path)) for path in files]
 
     def __getitem__(self, item):
         index, seed = item
@@ -1398,13 +1404,17 @@ class Run:
         self.info = {
             "command": args.line, "settings": self.settings, "machine": machine(args.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "precision": args.precision}
+            "precision": native_precision(args)}
         if (self.path / "run.json").exists():
             self.info = read_json(self.path / "run.json")
             self.compare("run.json", self.info.get("settings"))
+            again = (self.path / "last.ckpt").exists() or "result" not in self.info
+            require((self.result or again) and self.info.get("precision") in ("fp32", "bf16"),
+                    f"{self.path / 'run.json'} is damaged; choose another --out")
         elif is_first():
             require_new(self.path)
             self.update()
+        args.precision = self.info["precision"]
         self.bar, self.last, self.launcher = None, "", os.getppid()
         wait_for_all()  # nobody writes a result before all have looked for one
 
@@ -1531,21 +1541,23 @@ def machine(device):
         return torch.cuda.get_device_name(device)
     return f"{processor().get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
 
-def native_precision(device):
-    """bf16 where the device computes it natively, else fp32."""
-    if device.type == "cuda":
+def native_precision(args):
+    """--precision; of auto, bf16 where the device computes it natively, else fp32."""
+    if args.precision != "auto":
+        return args.precision
+    if args.device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = processor().get("avx512_bf16") or processor().get("amx_bf16")
     return "bf16" if native else "fp32"
 
 def read_run(path):
-    """Settings and result in the run.json of a directory, or of the one that a file is in; {} for
-    what is not there."""
+    """Settings, result and precision in the run.json of a directory, or of the one that a file is
+    in; of what is not there {}, {} and None."""
     file = Path(path if os.path.isdir(path) else Path(path).parent, "run.json")
     info = read_json(file) if file.exists() else {}
-    parts = info.get("settings"), info.get("result")
-    return [part if isinstance(part, dict) else {} for part in parts]
+    parts = [info.get("settings"), info.get("result")]
+    return [*[part if isinstance(part, dict) else {} for part in parts], info.get("precision")]
 
 def load(path, trained=False):
     """The network, in eval mode, of a run directory of `train` with its weights or, unless it must
@@ -1563,8 +1575,8 @@ def load(path, trained=False):
 # ---- Commands -----------------------------------------------------------------------------------
 
 def setup(args):
-    """Fill in the device, the precision and the place among the processes of torchrun; set the
-    seed. Only the first process prints."""
+    """Fill in the device and the place among the processes of torchrun, of which only the first
+    one prints; set the seed."""
     with errors_as("RANK and WORLD_SIZE must be those of torchrun; unset them ({})"):
         args.rank = int(os.environ.get("RANK", 0))
         args.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -1581,8 +1593,6 @@ def setup(args):
             torch.cuda.set_device(args.device)
             torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it
         torch.zeros(1, device=args.device).double().item()  # fails where it cannot compute
-    if args.precision == "auto":
-        args.precision = native_precision(args.device)
     if args.world > 1 and not torch.distributed.is_initialized():
         if args.device.type == "cuda":
             torch.distributed.init_process_group("nccl", device_id=args.device)
@@ -1637,13 +1647,16 @@ def base_directory(args):
 def parse_target(text, space):
     """--flops: a fraction of the unpruned network's cost such as 0.47, or a cost such as 59.5M or,
     of another table, 3.5ms. Returns the cost in the unit of the space."""
-    full, digits = space.cost_of(space.full), text.rstrip(string.ascii_letters)
-    scales = {"K": 1e3, "M": 1e6, "G": 1e9} if space.unit == "MACs" else {space.unit: 1}
-    value = math.nan
-    with contextlib.suppress(ValueError, KeyError):
-        value = float(digits) * (scales | {"": full})[text[len(digits):]]
+    units = {"K": 1e3, "M": 1e6, "G": 1e9} if space.unit == "MACs" else {space.unit: 1}
+    number, value = text, math.nan
+    scale = full = space.cost_of(space.full)
+    for unit, size in units.items():
+        if text.upper().endswith(unit.upper()):
+            number, scale = text[:-len(unit)], size
+    with contextlib.suppress(ValueError):
+        value = float(number) * scale
     require(0 < value <= full, f"--flops {text}: give a fraction of the unpruned network such as "
-            f"0.5, or a number with {', '.join(scales)}, up to {space.show(full)}")
+            f"0.5, or a number with {', '.join(units)}, up to {space.show(full)}")
     return round(value) if space.unit == "MACs" else value
 
 def summary(shape):
@@ -1810,10 +1823,11 @@ def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
     net = load(args.dir, trained=True)
     args.arch, args.image_size = net.shape.arch, args.image_size or net.shape.image_size
-    settings, result = read_run(args.dir)
-    if args.precision == "auto" and settings.get("precision") in ("fp32", "bf16"):
-        args.precision = settings["precision"]  # as in the last epoch of the run
+    _, result, precision = read_run(args.dir)
     data = open_data(args, TRAIN_EPOCHS)
+    if args.precision == "auto" and precision in ("fp32", "bf16"):
+        args.precision = precision  # as in the last epoch of the run
+    args.precision = native_precision(args)
     classes = result.get("classes") or data.classes
     require(len(data.classes) == net.shape.num_classes and classes == data.classes,
             f"{args.dir} was trained on {net.shape.num_classes} classes, {str(classes)[:100]}; "
@@ -1923,9 +1937,8 @@ def add_search_options(command):
     add("--align", choices=("cwi", "pad"), default="cwi", help="unequal widths: interpolate or pad")
 
 def printable(text):
-    """At most 500 characters, those that a terminal would act upon escaped."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-    return shown if len(shown) <= 500 else shown[:497] + "..."
+    """The text, with escapes for what a terminal would act upon."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 def say(text):
     """Print a line."""
@@ -1934,27 +1947,26 @@ def say(text):
 def warn(text):
     """One line on stderr."""
     if is_first():
-        print(printable(f"warning: {text}"), file=sys.stderr)
+        print(printable(f"warning: {text}")[:LONGEST_MESSAGE], file=sys.stderr)
 
 def complain(message):
     """One line on stderr; the exit status."""
     with contextlib.suppress(OSError):
-        print(printable(f"error: {message}"), file=sys.stderr)
+        print(printable(f"error: {message}")[:LONGEST_MESSAGE], file=sys.stderr)
     return 2
 
-def parse_arguments(argv):
-    """The arguments of a command line."""
-    args = build_parser().parse_args(argv)
-    for name, value in vars(args).items():  # of an unset variable; argparse makes [] of --
-        require(value not in ("", []) and not str(value).startswith("-"),
+def require_values(args):
+    """TASError where an option has no value, such as that of an unset variable, or a dashed one."""
+    for name, value in vars(args).items():
+        require(value not in ("", []) and not str(value).startswith("-"),  # argparse makes [] of --
                 f"--{name.replace('_', '-')}: an empty or dashed value")
-    return args
 
 def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can mend, 130 when stopped."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = parse_arguments(argv)
+        args = build_parser().parse_args(argv)
+        require_values(args)
         args.line = shlex.join(["python", "tas.py", *argv])
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         args.function(args)

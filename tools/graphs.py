@@ -75,12 +75,10 @@ class FastStep:
     """In the place of tas.take_step, whose arguments but for the batch are the same in a run."""
 
     def __init__(self, compiles=False, captures=True):
-        self.compiles, self.captures, self.net, self.steps = compiles, captures, None, {}
+        self.compiles, self.captures, self.steps = compiles, captures, {}
 
     def __call__(self, args, net, optimizer, loss_function, *inputs):
         *given, x, y = inputs
-        if net is not self.net:  # of the next run
-            self.net, self.steps = net, {}
         if optimizer not in self.steps:
             step = self.prepare(args, net, optimizer, loss_function, given, (x, y))
             self.steps[optimizer] = step
@@ -109,11 +107,22 @@ class FastStep:
             return plain
         return step
 
+    def forget_after(self, loop):
+        """A loop of tas.py after which its steps, and the memory that they hold, are gone."""
+        @functools.wraps(loop)
+        def forgetting(*inputs):
+            try:
+                return loop(*inputs)
+            finally:
+                self.steps.clear()
+        return forgetting
+
 def main(argv=None):
     """Run the command of tas.py; returns its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     compiles = argv[:1] == ["--compile"]
-    tas.take_step = FastStep(compiles)
+    tas.take_step = step = FastStep(compiles)
+    tas.train, tas.search = step.forget_after(tas.train), step.forget_after(tas.search)
     return tas.main(argv[compiles:])
 
 if __name__ == "__main__":

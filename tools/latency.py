@@ -87,6 +87,7 @@ def latency(args):
     defaults = tas.build_parser().parse_args(["search", "--data=synthetic", f"--arch={args.arch}"])
     args = argparse.Namespace(**{**vars(defaults), **vars(args)})
     tas.setup(args)
+    args.precision = tas.native_precision(args)
     space = tas.Space(args.arch, args.classes, args.image_size, round_to=args.round)
     found = {"arch": args.arch, "image_size": space.full.image_size, "unit": "ms",
              "widths": [list(row) for row in space.widths], "batch_size": args.batch_size,

@@ -29,19 +29,24 @@ def plan(targets, options):
     """The directory of all targets, and the command line of each."""
     own, shared = take_own(options)
     tas.require(own.flops is None, "leave --flops out; the targets come first, such as 0.5,0.3")
-    args = tas.parse_arguments(["prune", *shared])
-    base = Path(own.out or tas.base_directory(args))
-    start = ["--init", own.init] if own.init else []  # of the teacher
-    lines = []
+    args = tas.build_parser().parse_args(["prune", *shared])
+    tas.require_values(args)
+    tas.require_values(own)
+    base, lines = Path(own.out or tas.base_directory(args)), []
+    trained = [path.parent for path in sorted(base.glob("*/teacher/weights.pt"))]
+    teacher = trained[0] if trained else base / targets[0] / "teacher"
+    learns = not args.teacher and args.transfer != "none"
     for target in targets:
-        lines.append(["prune", *shared, *start, "--flops", target, "--out", str(base / target)])
-        if len(lines) == 1 and not args.teacher and args.transfer != "none":
-            start = ["--teacher", str(base / target / "teacher")]
+        lines.append(["prune", *shared, "--flops", target, "--out", str(base / target)])
+        if learns and teacher != base / target / "teacher":
+            lines[-1] += ["--teacher", str(teacher)]
+        elif own.init:  # of the teacher
+            lines[-1] += ["--init", own.init]
     return base, lines
 
 def check(line):
     """All that can go wrong with a target, before hours of training for another one."""
-    args = tas.parse_arguments(line)
+    args = tas.build_parser().parse_args(line)
     for step in ("teacher", "search", "pruned"):
         directory = Path(args.out, step)
         if not (directory / "run.json").exists():

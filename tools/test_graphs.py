@@ -45,12 +45,16 @@ def outcome(tmp_path, monkeypatch):
     data = tas.Data(*splits, [str(c) for c in range(10)])
     monkeypatch.setattr(tas, "load_data", lambda *_: data)
 
+    plain = {"take_step": graphs.plain_step, "train": tas.train, "search": tas.search}
+
     def run(main, flags, line, name):
-        monkeypatch.setattr(tas, "take_step", graphs.plain_step)  # until main sets another one
+        for function in plain:  # until main sets other ones
+            monkeypatch.setattr(tas, function, plain[function])
         command, *rest = line.format(tmp=tmp_path).split()
         always = "--data synthetic --image-size 8 --device cpu --precision fp32 --quiet --epochs 2"
         where = ["--out", str(tmp_path / name)]
         assert main([*flags.split(), command, *always.split(), *where, *rest]) == 0
+        assert main is tas.main or tas.take_step.steps == {}  # and the memory is free
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return ([json.loads(text) | MEASURED for text in lines],
                 tas.load_tensors(tmp_path / name / "last.ckpt")["parts"])
