@@ -1959,7 +1959,7 @@ def require_values(args):
     """TASError where an option has no value, such as that of an unset variable, or a dashed one."""
     for name, value in vars(args).items():
         require(value not in ("", []) and not str(value).startswith("-"),  # argparse makes [] of --
-                f"--{name.replace('_', '-')}: an empty or dashed value")
+                f"--{name.replace('_', '-')}: an empty or dashed value, {value!r}")
 
 def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can mend, 130 when stopped."""
