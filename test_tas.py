@@ -1761,6 +1761,7 @@ def test_a_run_keeps_its_precision(root, tmp_path, monkeypatch):
     check_same_run(tmp_path / "run", tmp_path / "whole")
     assert read_metrics(tmp_path / "run") != read_metrics(root / "whole")  # which is in fp32
     seen, plain = [], tas.evaluate
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # nothing is native
     monkeypatch.setattr(tas, "evaluate", lambda net, split, args: seen.append(
         args.precision) or plain(net, split, args))
     for precision in ("auto", "fp32"):
@@ -1968,10 +1969,14 @@ def test_damaged_run_files(tmp_path, half, capfd, change):
 @pytest.mark.parametrize("change", [
     {"result": []}, {"result": "done"}, {"result": {}}, {"result": {"accuracy": "high"}},
     {"result": {"accuracy": None}}])
-def test_a_damaged_result_is_made_anew(root, tmp_path, half, change):
-    """From the checkpoint, which is whole."""
+def test_a_damaged_result_is_made_anew(root, tmp_path, half, capfd, change):
+    """From the checkpoint, which is whole; without one it is refused."""
     change_json(half / "run.json", change)
-    assert run(TRAIN + " --out {root}/half", root=tmp_path) == 0
+    line = TRAIN + " --out {root}/half"
+    (half / "last.ckpt").rename(half / "checkpoint")
+    check_refused(capfd, tmp_path, line, "{root}/half/run.json")
+    (half / "checkpoint").rename(half / "last.ckpt")
+    assert run(line, root=tmp_path) == 0
     check_same_run(half, root / "whole")
 
 @pytest.mark.parametrize("part, change, lost", [
@@ -2431,6 +2436,24 @@ def test_a_search_under_another_cost(root, tmp_path, capfd):
                         ("--budget 0.7 --method uniform", "uniform"),
                         ("--budget 0.0001", "possible are")):
         check_refused(capfd, root, f"{line}x {flags}", word, tmp=tmp_path)
+
+@pytest.mark.parametrize("unit, text, share", [
+    ("MACs", "0.5", 0.5), ("MACs", "1", 1), ("MACs", "20M", 20e6 / 40813184),
+    ("MACs", "9000k", 9e6 / 40813184), ("MACs", "0.02G", 20e6 / 40813184),
+    ("µs", "0.5", 0.5), ("µs", "20000000µs", 20e6 / 40813184), ("m²", "2e7m²", 20e6 / 40813184)])
+def test_targets(unit, text, share):
+    space = tas.Space("resnet20")
+    space.unit = unit
+    assert math.isclose(tas.parse_target(text, space), share * 40813184, rel_tol=1e-6)
+
+@pytest.mark.parametrize("unit, text", [
+    ("MACs", "20000000"), ("MACs", "41M"), ("MACs", "3ms"), ("MACs", "M"), ("µs", "3M"), ("µs", "2"),
+    ("µs", "µs"), ("µs", "-3µs")])
+def test_targets_that_are_none(unit, text):
+    space = tas.Space("resnet20")
+    space.unit = unit
+    with pytest.raises(tas.TASError, match=f"--flops {text}"):
+        tas.parse_target(text, space)
 
 @pytest.mark.parametrize("spoiled", [False, True])
 def test_the_teacher_s_accuracy_comes_before_the_search(root, tmp_path, capfd, spoiled):
