@@ -2447,8 +2447,8 @@ def test_targets(unit, text, share):
     assert math.isclose(tas.parse_target(text, space), share * 40813184, rel_tol=1e-6)
 
 @pytest.mark.parametrize("unit, text", [
-    ("MACs", "20000000"), ("MACs", "41M"), ("MACs", "3ms"), ("MACs", "M"), ("µs", "3M"), ("µs", "2"),
-    ("µs", "µs"), ("µs", "-3µs")])
+    ("MACs", "20000000"), ("MACs", "41M"), ("MACs", "3ms"), ("MACs", "M"), ("µs", "3M"),
+    ("µs", "2"), ("µs", "µs"), ("µs", "-3µs")])
 def test_targets_that_are_none(unit, text):
     space = tas.Space("resnet20")
     space.unit = unit
