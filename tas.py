@@ -1648,13 +1648,13 @@ def parse_target(text, space):
     """--flops: a fraction of the unpruned network's cost such as 0.47, or a cost such as 59.5M or,
     of another table, 3.5ms. Returns the cost in the unit of the space."""
     units = {"K": 1e3, "M": 1e6, "G": 1e9} if space.unit == "MACs" else {space.unit: 1}
-    number, value = text, math.nan
+    digits, value = text, math.nan
     scale = full = space.cost_of(space.full)
     for unit, size in units.items():
         if text.upper().endswith(unit.upper()):
-            number, scale = text[:-len(unit)], size
+            digits, scale = text[:-len(unit)], size
     with contextlib.suppress(ValueError):
-        value = float(number) * scale
+        value = float(digits) * scale
     require(0 < value <= full, f"--flops {text}: give a fraction of the unpruned network such as "
             f"0.5, or a number with {', '.join(units)}, up to {space.show(full)}")
     return round(value) if space.unit == "MACs" else value
