@@ -151,12 +151,6 @@ ARCHS = {
     "resnet101": Arch(BOTTLENECK, IMAGENET, (3, 4, 23, 3)),
 }
 
-def find_arch(name):
-    """The Arch of that name; TASError when there is none."""
-    require(isinstance(name, str) and name in ARCHS,
-            f"unknown arch {name!r:.40}; known: {', '.join(ARCHS)}")
-    return ARCHS[name]
-
 def check_whole(name, value, low, high):
     """TASError unless `value` is a whole number from low to high."""
     require(type(value) is int and low <= value <= high,
@@ -179,7 +173,9 @@ class Shape:
     stages: list = dataclasses.field(hash=False)
 
     def __post_init__(self):
-        unpruned = find_arch(self.arch).stages
+        require(isinstance(self.arch, str) and self.arch in ARCHS,
+                f"unknown arch {self.arch!r:.40}; known: {', '.join(ARCHS)}")
+        unpruned = ARCHS[self.arch].stages
         check_whole("num_classes", self.num_classes, 2, 25_000)
         check_whole("image_size", self.image_size, 8, 1024)
         check_whole("stem", self.stem, 1, WIDEST * unpruned[0][0][0])
@@ -207,7 +203,7 @@ class Shape:
     @classmethod
     def unpruned(cls, arch, num_classes, image_size=None):
         """The full Shape of an arch; image_size in pixels, 32 or 224 when it is None."""
-        found = find_arch(arch)
+        found = ARCHS.get(arch, ARCHS["resnet18"])  # of an unknown one any: the Shape refuses it
         size = image_size or (CIFAR_SIZE if found.small else IMAGENET_SIZE)
         return cls(arch, num_classes, size, found.channels[0], found.stages)
 
@@ -226,23 +222,24 @@ class Shape:
         write_file(path, json.dumps(dataclasses.asdict(self)).encode() + b"\n")
 
 class Layer(NamedTuple):
-    """A conv, a projection or the classifier of an unpruned network. Its channels are two entries
-    of one list: channels of the convs in order, then those at the exits of the stages, then 1."""
+    """A layer of an unpruned network that costs. Its channels are two entries of one list: channels
+    of the convs in order, then those at the exits of the stages, then 1."""
 
-    c_in: int    # index in that list
+    kind: str   # "conv"; "projection"; "shortcut", a projection only where the channels differ;
+    #             "classifier"
+    c_in: int   # index in that list
     c_out: int
-    stage: int   # the layer is there when this stage ...
-    block: int   # ... keeps more blocks than this
-    macs: int    # for each pair of an input and an output channel
-    free: bool   # a shortcut that is the identity where the channels agree
+    stage: int  # the layer is there when this stage ...
+    block: int  # ... keeps more blocks than this
+    macs: int   # for each pair of an input and an output channel
 
 def network_layers(arch, image_size, num_classes):
-    """All Layers in order: the stem, the convs and the projection of each block, the classifier."""
+    """All Layers in order: the stem, the convs and the shortcut of each block, the classifier."""
     exits = 1 + len(arch.kernels) * sum(arch.depths)  # index of the exit of the first stage
     one = exits + len(arch.depths)
     size = image_size if arch.small else (image_size + 1) // 2  # rounded up, as padding does
     stem_kernel = 3 if arch.small else 7
-    layers = [Layer(one, 0, 0, 0, 3 * (stem_kernel * size) ** 2, False)]  # 3 colours, taken as one
+    layers = [Layer("conv", one, 0, 0, 0, 3 * (stem_kernel * size) ** 2)]  # 3 colours, as one
     size = size if arch.small else (size + 1) // 2  # max pooling
     last = 0  # the conv before
     for s, depth in enumerate(arch.depths):
@@ -252,10 +249,11 @@ def network_layers(arch, image_size, num_classes):
             for kernel, stride in zip(arch.kernels, strides):
                 size = (size + 1) // 2 if stride == 2 else size
                 last += 1
-                layers.append(Layer(source, last, s, b, (kernel * size) ** 2, False))
+                layers.append(Layer("conv", source, last, s, b, (kernel * size) ** 2))
                 source = last
-            layers.append(Layer(block_source, last, s, b, size ** 2, 2 not in strides))
-    return [*layers, Layer(one - 1, one, s, 0, num_classes, False)]
+            kind = "projection" if 2 in strides else "shortcut"
+            layers.append(Layer(kind, block_source, last, s, b, size ** 2))
+    return [*layers, Layer("classifier", one - 1, one, s, 0, num_classes)]
 
 def count_macs(shape):
     """MACs of one image, an int: multiply-accumulates of the convs and of the classifier, which
@@ -270,7 +268,7 @@ def count_macs(shape):
     for layer in network_layers(arch, shape.image_size, shape.num_classes):
         c_in, c_out = channels[layer.c_in], channels[layer.c_out]
         kept = layer.block < len(shape.stages[layer.stage])
-        if kept and not (layer.free and c_in == c_out):
+        if kept and not (layer.kind == "shortcut" and c_in == c_out):
             macs += layer.macs * c_in * c_out
     return macs
 
@@ -295,10 +293,6 @@ def candidate_depths(arch):
         return [tuple(n * j // parts for j in range(1, parts + 1)) for n in arch.depths]
     return [(*range(1, n, 1 if n <= DENSE_DEPTHS else 2), n) for n in arch.depths]
 
-def padded(rows, value=0):
-    """Rows of whole numbers as a tensor [rows, longest], the shorter ones filled with a value."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
-
 class Space:
     """What may be pruned of `full`, an unpruned Shape (paper: search space). widths[j]: candidate
     widths of conv j, in order; depths[s]: candidate numbers of blocks of stage s. `search` "width"
@@ -319,16 +313,19 @@ class Space:
         list of channels see Layer; K and D are the largest numbers of candidates."""
         self.arch = ARCHS[self.full.arch]._replace(depths=tuple(map(len, self.full.stages)))
         self.block_convs = len(self.arch.kernels)
-        widths, depths = padded(self.widths), padded(self.depths)  # [convs, K], [stages, D]
+        widths, depths = (nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True)
+                          for rows in (self.widths, self.depths))  # [convs, K], [stages, D]
         self.num_widths, self.num_depths = widths.shape[1], depths.shape[1]
+        self.width_table, self.has_width, self.has_depth = widths, widths > 0, depths > 0
         blocks_before = torch.tensor([0, *self.arch.depths]).cumsum(0)[:-1, None]  # [stages, 1]
         self.last_conv = (blocks_before + depths) * self.block_convs  # [stages, D] of the stage
-        self.has_depth = (depths > 0).double()
         exits = widths[self.last_conv[:, 0]]  # [stages, K], alike for all depths
         self.one = torch.eye(1, self.num_widths).double()  # [1, K] one channel; its probability
         channels = torch.cat([widths.double(), exits, self.one])  # of Layer's list
         layers = network_layers(self.arch, self.full.image_size, self.full.num_classes)
-        self.c_in, self.c_out, self.stage, block, macs, free = map(torch.tensor, zip(*layers))
+        kinds, *numbers = zip(*layers)
+        self.c_in, self.c_out, self.stage, block, macs = map(torch.tensor, numbers)
+        free = torch.tensor([kind == "shortcut" for kind in kinds])
         c_in, c_out = channels[self.c_in, :, None], channels[self.c_out, None]
         identity = free[:, None, None] & (c_in == c_out)
         self.cost = (macs[:, None, None] * c_in * c_out).masked_fill(identity, 0)  # [L, K, K]
@@ -598,15 +595,14 @@ class SuperResNet(nn.Module):
                 self.stages[-1].append(MixedBlock(block, row))
                 row += block.num_convs
         self.fc = net.fc
-        self.alpha = initial_logits(space.widths, space.num_widths)
-        self.beta = initial_logits(space.depths, space.num_depths)
+        self.alpha, self.beta = initial_logits(space.has_width), initial_logits(space.has_depth)
         last_convs = [block.convs[-1] for stage in self.stages for block in stage]
         self.groups = {}  # channels -> the searched convs that have as many
         for module in self.modules():
             if isinstance(module, MixedConv):
                 self.groups.setdefault(module.conv.out_channels, []).append(module)
         self.mixes = nn.ModuleList()
-        widths = padded(space.widths, 1)  # 1 is any width: where there is no candidate, weight is 0
+        widths = space.width_table.cpu().clamp(min=1)  # where none is, any: its weight is 0
         for channels, convs in self.groups.items():
             rows = torch.tensor([conv.row for conv in convs])
             self.mixes.append(ChannelMix(channels, widths[rows], rows, align))
@@ -620,10 +616,13 @@ class SuperResNet(nn.Module):
         return self.alpha.softmax(-1), self.beta.softmax(-1)
 
     def forward(self, x, sample):
+        kind, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         mixes, widths = {}, {}  # of every searched conv; its largest sampled width, 0-d
         for convs, mix in zip(self.groups.values(), self.mixes):
             matrix, bias, largest = mix(sample)
-            matrix, bias = (t.to(conv_dtype(x)) for t in (matrix, bias))  # once, not conv by conv
+            matrix, bias = (t.to(dtype) for t in (matrix, bias))  # once, not conv by conv
             mixes |= zip(convs, zip(matrix[..., None, None].unbind(), bias.unbind()))
             widths |= zip(convs, largest.unbind())
         x = self.maxpool(F.relu(self.stem(x, mixes)))  # [N, stem, H, W]; ImageNet H/4, W/4
@@ -646,17 +645,10 @@ class SuperResNet(nn.Module):
             x = F.conv2d(torch.cat(outputs, 1), matrix.flatten(1)[..., None, None])
         return self.fc(x.mean((2, 3)))  # [N, classes]
 
-def conv_dtype(x):
-    """The dtype in which a conv takes x: that of autocast where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-def initial_logits(rows, size):
-    """Logits [rows, size] of candidates; those that a row lacks are ABSENT."""
-    logits = ARCH_INIT * torch.randn(len(rows), size)
-    for i, row in enumerate(rows):
-        logits[i, len(row):] = ABSENT
-    return nn.Parameter(logits)
+def initial_logits(present):
+    """Logits of the candidates that are present [rows, candidates]; of the others, ABSENT."""
+    logits = ARCH_INIT * torch.randn(present.shape)
+    return nn.Parameter(logits.masked_fill(~present.cpu(), ABSENT))
 
 # ---- Search objective ---------------------------------------------------------------------------
 
@@ -673,14 +665,14 @@ def in_band(macs, target, tolerance):
     """Whether MACs are in target (1 -+ tolerance)."""
     return abs(macs - target) <= tolerance * target
 
-def log_rows(logits, candidates):
-    """Log-probabilities as rows without absent candidates, float64 on the CPU; those of a row less
+def log_scores(logits, present):
+    """Log-probabilities of the candidates that are present, float64 on the CPU; those of a row less
     the largest, which changes no order."""
-    logits = logits.detach().double().cpu().clamp(-1e9, 1e9)
-    require(len(logits) == len(candidates) and not logits.isnan().any(),
-            f"expected {len(candidates)} rows of logits without NaN; after a search, lower --lr")
-    rows = [row[:len(present)] for row, present in zip(logits, candidates)]
-    return [row - row.max() for row in rows]
+    logits, present = logits.detach().double().cpu().clamp(-1e9, 1e9), present.cpu()
+    require(logits.shape == present.shape and not logits.isnan().any(),
+            f"expected logits {list(present.shape)} without NaN; after a search, lower --lr")
+    logits = logits.masked_fill(~present, -math.inf)
+    return logits - logits.amax(1, keepdim=True)
 
 # A network is a chain: the stem, the blocks, the classifier. What a link costs depends on its own
 # widths and on the width of its input alone. So the networks of a space are the ways through a
@@ -699,8 +691,7 @@ def size_graph(space, log_p, log_q):
     """The nodes of the graph, each a list of Edges. In order: the image; the stem, a node for each
     width; each block, a node for each output width, and after the blocks of a stage its exit, in
     the same way; last the classifier."""
-    cost = space.cost.tolist()
-    log_p, log_q = ([row.tolist() for row in rows] for rows in (log_p, log_q))
+    cost, log_p, log_q = space.cost.tolist(), log_p.tolist(), log_q.tolist()
     graph, block = [[]], 0
     for k, width in enumerate(space.widths[0]):
         graph.append([Edge(0, cost[0][0][k], log_p[0][k], 0, [width])])
@@ -793,10 +784,9 @@ def extract(space, alpha, beta, target, tolerance=TOLERANCE):
     MACs are counted in cells so small that all roundings of a way together stay below a quarter of
     the band's half-width, and only cells are looked at whose ways must lie in the band. Smaller
     cells serve spaces with few Shapes."""
-    log_p, log_q = log_rows(alpha, space.widths), log_rows(beta, space.depths)
-    present = [nn.utils.rnn.pad_sequence(rows, True, -math.inf) for rows in (log_p, log_q)]
-    if in_band(float(argmax_macs(space, *present)), target, tolerance):
-        return space.shape([row.argmax() for row in log_p], [row.argmax() for row in log_q])
+    log_p, log_q = log_scores(alpha, space.has_width), log_scores(beta, space.has_depth)
+    if in_band(float(argmax_macs(space, log_p, log_q)), target, tolerance):
+        return space.shape(log_p.argmax(1), log_q.argmax(1))
     graph = size_graph(space, log_p, log_q)
     (fewest, smallest), (most, largest) = extreme_way(graph, min), extreme_way(graph, max)
     full = space.cost_of(space.full)
@@ -824,8 +814,8 @@ def extract(space, alpha, beta, target, tolerance=TOLERANCE):
 def draw_shape(space, target, tolerance=TOLERANCE):
     """A random Shape in the band (ablation): with Gumbel noise for logits the most probable sizes
     are uniform ones, and where their MACs miss the band, `extract` moves as few as it can."""
-    noise = [-torch.empty(len(rows), max(map(len, rows))).exponential_().log()
-             for rows in (space.widths, space.depths)]
+    noise = [-torch.empty(present.shape).exponential_().log()
+             for present in (space.has_width, space.has_depth)]
     return extract(space, *noise, target, tolerance)
 
 def scale_shape(space, target, tolerance=TOLERANCE, round_to=1):
