@@ -54,9 +54,10 @@ NUM_SAMPLES = 2                 # candidates mixed per conv (paper)
 TAU_START, TAU_END = 10.0, 0.1  # Gumbel temperature, linear over the epochs (paper)
 SEARCH_EPOCHS = 600             # (paper)
 # alpha and beta, the logits of widths and depths: Adam.
-ARCH_LR = 1e-3                  # (paper), in a search as long as the paper's,
-ARCH_STEPS = 59_000             # steps; in a shorter one higher in proportion, at most
-MOST_ARCH_LR = 0.05             # (ours; at 1e-3 a short search hardly leaves its start)
+ARCH_LR = 1e-3                  # learning rate in a search of full length (paper)
+ARCH_STEPS = 59_000             # steps of such a search, 600 epochs of half of CIFAR (paper)
+MOST_ARCH_LR = 0.05             # a shorter search has ARCH_LR * ARCH_STEPS / its steps, at most
+                                # this (ours; at 1e-3 a short search hardly leaves its start)
 ARCH_BETAS = 0.5, 0.999         # (paper)
 ARCH_WEIGHT_DECAY = 1e-3        # (paper)
 ARCH_INIT = 0.01                # standard deviation of the first logits (paper)
@@ -67,16 +68,16 @@ MOMENTUM = 0.9                  # (paper)
 WEIGHT_DECAY = 5e-4             # (paper)
 BATCH_SIZE = 256                # images, over all processes (paper)
 TRAIN_EPOCHS = 300              # (paper)
-WARMUP_EPOCHS = 5               # linear, among those of a training (paper),
-WARMUP_SHARE = 0.1              # of which they are at most this part (ours; for short ones)
+WARMUP_EPOCHS = 5               # linear, counted among those of the training (paper)
+WARMUP_SHARE = 0.1              # at most this part of the training (ours; for short ones)
 KD_WEIGHT = 0.9                 # of the soft term, 1 - 0.9 of cross-entropy (authors' code)
 KD_TEMPERATURE = 4.0            # (paper)
 # Images.
 CIFAR_SIZE, IMAGENET_SIZE = 32, 224  # pixels (paper)
 CROP_PADDING = 4                # pixels, black; then a crop of the first size (paper)
-LARGEST_IN_MEMORY = 64          # pixels; images above are read on the fly and have, in place of ...
-LARGE_EPOCHS = 120              # ... 300 and 600 (paper)
-LARGE_WEIGHT_DECAY = 1e-4       # ... 5e-4 (paper)
+LARGEST_IN_MEMORY = 64          # pixels; larger images are read on the fly (ours)
+LARGE_EPOCHS = 120              # of training and of search on larger images (paper)
+LARGE_WEIGHT_DECAY = 1e-4       # on larger images (paper)
 TOP5_CLASSES = 100              # more classes than these: top-5 accuracy, too (ours)
 COLOUR_JITTER = 0.4             # of brightness, contrast, saturation (paper)
 RESIZE = 256 / 224              # of a test image before the centre crop (paper)
@@ -89,7 +90,7 @@ LONGEST_MESSAGE = 500           # characters (ours)
 BAR_STEPS = 50                  # between looks at the loss, which wait for the device (ours)
 
 class TASError(ValueError):
-    """A mistake that the user can mend: the message names the thing and the remedy."""
+    """A mistake that the user can fix: the message names the thing and the remedy."""
 
 def require(condition, message):
     """TASError with the message unless the condition holds."""
@@ -203,7 +204,7 @@ class Shape:
     @classmethod
     def unpruned(cls, arch, num_classes, image_size=None):
         """The full Shape of an arch; image_size in pixels, 32 or 224 when it is None."""
-        found = ARCHS.get(arch, ARCHS["resnet18"])  # of an unknown one any: the Shape refuses it
+        found = ARCHS.get(arch, ARCHS["resnet18"])  # an unknown one is refused by Shape
         size = image_size or (CIFAR_SIZE if found.small else IMAGENET_SIZE)
         return cls(arch, num_classes, size, found.channels[0], found.stages)
 
@@ -222,12 +223,12 @@ class Shape:
         write_file(path, json.dumps(dataclasses.asdict(self)).encode() + b"\n")
 
 class Layer(NamedTuple):
-    """A layer of an unpruned network that costs. Its channels are two entries of one list: channels
-    of the convs in order, then those at the exits of the stages, then 1."""
+    """A layer of an unpruned network that costs. c_in and c_out are places in one list: channels of
+    the convs in order, then those at the exits of the stages, then 1."""
 
     kind: str   # "conv"; "projection"; "shortcut", a projection only where the channels differ;
     #             "classifier"
-    c_in: int   # index in that list
+    c_in: int
     c_out: int
     stage: int  # the layer is there when this stage ...
     block: int  # ... keeps more blocks than this
@@ -236,10 +237,10 @@ class Layer(NamedTuple):
 def network_layers(arch, image_size, num_classes):
     """All Layers in order: the stem, the convs and the shortcut of each block, the classifier."""
     exits = 1 + len(arch.kernels) * sum(arch.depths)  # index of the exit of the first stage
-    one = exits + len(arch.depths)
+    constant = exits + len(arch.depths)  # index of the 1
     size = image_size if arch.small else (image_size + 1) // 2  # rounded up, as padding does
     stem_kernel = 3 if arch.small else 7
-    layers = [Layer("conv", one, 0, 0, 0, 3 * (stem_kernel * size) ** 2)]  # 3 colours, as one
+    layers = [Layer("conv", constant, 0, 0, 0, 3 * (stem_kernel * size) ** 2)]  # 3 colours, as one
     size = size if arch.small else (size + 1) // 2  # max pooling
     last = 0  # the conv before
     for s, depth in enumerate(arch.depths):
@@ -253,7 +254,7 @@ def network_layers(arch, image_size, num_classes):
                 source = last
             kind = "projection" if 2 in strides else "shortcut"
             layers.append(Layer(kind, block_source, last, s, b, size ** 2))
-    return [*layers, Layer("classifier", one - 1, one, s, 0, num_classes)]
+    return [*layers, Layer("classifier", constant - 1, constant, s, 0, num_classes)]
 
 def count_macs(shape):
     """MACs of one image, an int: multiply-accumulates of the convs and of the classifier, which
@@ -309,27 +310,28 @@ class Space:
         self.tabulate()
 
     def tabulate(self):
-        """The tables of the cost, float64 (exact for whole numbers up to 2^53). L layers; for the
-        list of channels see Layer; K and D are the largest numbers of candidates."""
+        """Make all tables anew from full, widths and depths. L layers; K and D are the largest
+        numbers of candidates; costs are float64, exact for whole numbers up to 2^53."""
         self.arch = ARCHS[self.full.arch]._replace(depths=tuple(map(len, self.full.stages)))
         self.block_convs = len(self.arch.kernels)
-        widths, depths = (nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True)
-                          for rows in (self.widths, self.depths))  # [convs, K], [stages, D]
+        widths, depths = (
+            nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+            for rows in (self.widths, self.depths))  # [convs, K], [stages, D]; 0 past a row's end
         self.num_widths, self.num_depths = widths.shape[1], depths.shape[1]
         self.width_table, self.has_width, self.has_depth = widths, widths > 0, depths > 0
         blocks_before = torch.tensor([0, *self.arch.depths]).cumsum(0)[:-1, None]  # [stages, 1]
         self.last_conv = (blocks_before + depths) * self.block_convs  # [stages, D] of the stage
         exits = widths[self.last_conv[:, 0]]  # [stages, K], alike for all depths
-        self.one = torch.eye(1, self.num_widths).double()  # [1, K] one channel; its probability
-        channels = torch.cat([widths.double(), exits, self.one])  # of Layer's list
+        self.one_channel = torch.eye(1, self.num_widths).double()  # [1, K]; and its probability
+        channels = torch.cat([widths.double(), exits, self.one_channel])  # the list of Layer
         layers = network_layers(self.arch, self.full.image_size, self.full.num_classes)
         kinds, *numbers = zip(*layers)
-        self.c_in, self.c_out, self.stage, block, macs = map(torch.tensor, numbers)
-        free = torch.tensor([kind == "shortcut" for kind in kinds])
+        self.c_in, self.c_out, self.stage, block, macs = map(torch.tensor, numbers)  # [L] each
         c_in, c_out = channels[self.c_in, :, None], channels[self.c_out, None]
-        identity = free[:, None, None] & (c_in == c_out)
-        self.cost = (macs[:, None, None] * c_in * c_out).masked_fill(identity, 0)  # [L, K, K]
-        self.kept = (block[:, None] < depths[self.stage]).double()  # [L, D] has the depth the layer
+        is_shortcut = torch.tensor([kind == "shortcut" for kind in kinds])[:, None, None]
+        self.cost = macs[:, None, None] * c_in * c_out  # [L, K, K]
+        self.cost = self.cost.masked_fill(is_shortcut & (c_in == c_out), 0)  # the identity
+        self.kept = (block[:, None] < depths[self.stage]).double()  # [L, D] 1: the depth has it
         self.unit = "MACs"
 
     def load_cost(self, path):
@@ -390,7 +392,7 @@ def expected_macs(space, p, q):
     space.to(p.device)
     p, q = p.double(), q.double() * space.has_depth
     exits = torch.einsum("sd,sdk->sk", q, p[space.last_conv])  # [stages, K]
-    sizes = torch.cat([p, exits, space.one])  # of Layer's list: P(candidate)
+    sizes = torch.cat([p, exits, space.one_channel])  # the list of Layer: P(candidate)
     cost = torch.einsum("li,lik,lk->l", sizes[space.c_in], space.cost, sizes[space.c_out])
     return (q[space.stage] * space.kept).sum(1) @ cost  # P(the layer is there) times its cost
 
@@ -516,7 +518,7 @@ def sample_sizes(alpha, beta, tau, num_samples=NUM_SAMPLES, gumbel=True):
 class ChannelMix(nn.Module):
     """What follows the searched convs of C channels, G of them: the weighted sum, over the sampled
     widths c_i, of CWI(affine_i(first c_i channels), largest c_i). All of it is linear: a C x C
-    matrix and a bias for each conv, in fixed shapes, which depend on the sample alone."""
+    matrix and a bias for each conv, in fixed shapes. They depend on the sample, not on images."""
 
     def __init__(self, channels, widths, rows, align):
         super().__init__()
@@ -550,12 +552,12 @@ class MixedConv(nn.Module):
         super().__init__()
         self.conv, self.row = conv, row  # of alpha
         # With a float32 weight the statistics are float32 on every device, under autocast, too.
-        self.register_buffer("one", torch.ones(conv.out_channels), persistent=False)
+        self.register_buffer("bn_weight", torch.ones(conv.out_channels), persistent=False)
 
-    def forward(self, x, mixes):
+    def forward(self, x, matrices):
         """x [N, c_in, H, W] -> [N, C, H', W'], zero past the largest sampled width."""
-        matrix, bias = mixes[self]
-        x = F.batch_norm(self.conv(x), None, None, self.one, training=True)
+        matrix, bias = matrices[self]
+        x = F.batch_norm(self.conv(x), None, None, self.bn_weight, training=True)
         return F.conv2d(x, matrix, bias)
 
 class MixedBlock(nn.Module):
@@ -570,12 +572,12 @@ class MixedBlock(nn.Module):
         if isinstance(block.downsample, nn.Sequential):
             self.projection = MixedConv(block.downsample[0], self.convs[-1].row)
 
-    def forward(self, x, mixes):
-        y = self.convs[0](x, mixes)
+    def forward(self, x, matrices):
+        y = self.convs[0](x, matrices)
         for conv in self.convs[1:]:
-            y = conv(F.relu(y), mixes)
+            y = conv(F.relu(y), matrices)
         if self.projection is not None:
-            x = self.projection(self.pool(x), mixes)
+            x = self.projection(self.pool(x), matrices)
         return F.relu(y + x)  # [N, C, H', W']
 
 class SuperResNet(nn.Module):
@@ -602,14 +604,14 @@ class SuperResNet(nn.Module):
             if isinstance(module, MixedConv):
                 self.groups.setdefault(module.conv.out_channels, []).append(module)
         self.mixes = nn.ModuleList()
-        widths = space.width_table.cpu().clamp(min=1)  # where none is, any: its weight is 0
+        widths = space.width_table.cpu().clamp(min=1)  # past a row's end any: its weight is 0
         for channels, convs in self.groups.items():
             rows = torch.tensor([conv.row for conv in convs])
             self.mixes.append(ChannelMix(channels, widths[rows], rows, align))
-            if not space.arch.small:  # as in ResNet
-                with torch.no_grad():
-                    for g, conv in enumerate(convs):
-                        self.mixes[-1].scale[g] *= conv not in last_convs
+            if not space.arch.small:  # residual branches start at zero, as in ResNet
+                for g, conv in enumerate(convs):
+                    if conv in last_convs:
+                        nn.init.zeros_(self.mixes[-1].scale[g])
 
     def probabilities(self):
         """p [convs, K] and q [stages, D]."""
@@ -619,19 +621,19 @@ class SuperResNet(nn.Module):
         kind, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        mixes, widths = {}, {}  # of every searched conv; its largest sampled width, 0-d
+        matrices, widths = {}, {}  # of every searched conv; its largest sampled width, 0-d
         for convs, mix in zip(self.groups.values(), self.mixes):
             matrix, bias, largest = mix(sample)
             matrix, bias = (t.to(dtype) for t in (matrix, bias))  # once, not conv by conv
-            mixes |= zip(convs, zip(matrix[..., None, None].unbind(), bias.unbind()))
-            widths |= zip(convs, largest.unbind())
-        x = self.maxpool(F.relu(self.stem(x, mixes)))  # [N, stem, H, W]; ImageNet H/4, W/4
+            matrices.update(zip(convs, zip(matrix[..., None, None].unbind(), bias.unbind())))
+            widths.update(zip(convs, largest.unbind()))
+        x = self.maxpool(F.relu(self.stem(x, matrices)))  # [N, stem, H, W]; ImageNet H/4, W/4
         width = widths[self.stem]
         for stage, depths, q_hat in zip(self.stages, self.space.depths, sample.depth):
             # Sum over depths d of q_hat_d * CWI(output of block d, M), as one 1x1 conv over all.
             outputs, reached = [], []
             for b, block in enumerate(stage):
-                x = block(x, mixes)  # [N, C, H, W]
+                x = block(x, matrices)  # [N, C, H, W]
                 own = widths[block.convs[-1]]
                 # With an identity shortcut, a block is as wide as the wider one of its summands.
                 width = torch.maximum(width, own) if block.projection is None else own
@@ -682,7 +684,7 @@ class Edge(NamedTuple):
     """A way into a node of the graph: a choice of widths or of a depth."""
 
     source: int     # an earlier node
-    macs: float
+    cost: float
     score: float    # log-probability of the choice
     stage: int = 0  # of a block
     widths: list = None  # of the convs of a block or of the stem; None of other choices
@@ -729,14 +731,14 @@ def block_edges(space, cost, log_p, stage, block, inputs):
 def best_scores(graph, cell, num_cells):
     """[nodes, cells]: the score of the most probable way to each node, by the MACs that it spends:
 
-        best[v, m] = max over the edges e into v of best[source_e, m - macs_e] + score_e
+        best[v, m] = max over the edges e into v of best[source_e, m - cost_e] + score_e
 
     with MACs in cells, those of an edge rounded to whole ones."""
     best = torch.full((len(graph), num_cells), -math.inf, dtype=torch.float64)
     best[0, 0] = 0
     for node, edges in enumerate(graph):
         for edge in edges:
-            spent = round(edge.macs / cell)
+            spent = round(edge.cost / cell)
             if spent < num_cells:
                 reached = best[edge.source, :num_cells - spent] + edge.score
                 torch.maximum(best[node, spent:], reached, out=best[node, spent:])
@@ -747,24 +749,22 @@ def best_way(graph, best, cell, m):
     way, node = [], len(graph) - 1
     while node > 0:
         def score(edge):
-            before = m - round(edge.macs / cell)
+            before = m - round(edge.cost / cell)
             return best[edge.source, before] + edge.score if before >= 0 else -math.inf
 
         way.insert(0, max(graph[node], key=score))
-        m -= round(way[0].macs / cell)
+        m -= round(way[0].cost / cell)
         node = way[0].source
     return way
 
-def extreme_way(graph, extreme):
-    """The fewest or the most MACs, and a way that spends them; extreme: the function min or max.
+def extreme_cost(graph, extreme):
+    """The lowest or the highest cost of a way to the last node; extreme: the function min or max.
 
-        total[v] = extreme over the edges e into v of total[source_e] + macs_e"""
-    ways = [(0, [])]  # to each node: its MACs and Edges
+        total[v] = extreme over the edges e into v of total[source_e] + cost_e"""
+    total = [0]
     for edges in graph[1:]:
-        edge = extreme(edges, key=lambda edge: ways[edge.source][0] + edge.macs)
-        macs, way = ways[edge.source]
-        ways.append((macs + edge.macs, [*way, edge]))
-    return ways[-1]
+        total.append(extreme(total[edge.source] + edge.cost for edge in edges))
+    return total[-1]
 
 def shape_of_way(space, way):
     """The Shape of a way from the image to the classifier."""
@@ -781,35 +781,33 @@ def extract(space, alpha, beta, target, tolerance=TOLERANCE):
     their most probable widths (so the argmax one is the most probable of all). TASError with the
     smallest and largest possible MACs when no Shape is in the band.
 
-    MACs are counted in cells so small that all roundings of a way together stay below a quarter of
-    the band's half-width, and only cells are looked at whose ways must lie in the band. Smaller
-    cells serve spaces with few Shapes."""
+    The best way is sought for every number of cells near the band; the most probable of these ways
+    whose exact MACs are in the band is taken. Cells are so small that all roundings of a way
+    together stay below a quarter of the band's half-width: so what is in its inner half cannot be
+    missed. Smaller cells serve spaces with few Shapes."""
     log_p, log_q = log_scores(alpha, space.has_width), log_scores(beta, space.has_depth)
     if in_band(float(argmax_macs(space, log_p, log_q)), target, tolerance):
         return space.shape(log_p.argmax(1), log_q.argmax(1))
     graph = size_graph(space, log_p, log_q)
-    (fewest, smallest), (most, largest) = extreme_way(graph, min), extreme_way(graph, max)
-    full = space.cost_of(space.full)
-    message = (f"no shape has {space.show(target)} within {tolerance:.1%}; possible are "
-               f"{space.show(fewest)} to {space.show(most)} ({fewest / full:.3f} to "
-               f"{most / full:.3f} of the unpruned network); choose another target")
-    require((1 - tolerance) * target <= most and fewest <= (1 + tolerance) * target, message)
     links = 2 + sum(space.arch.depths)  # that cost MACs
     for refinement in REFINEMENTS:
         cell = tolerance * target / (2 * links * refinement)
-        num_cells = int((1 + tolerance) * target / cell) + 1
+        num_cells = int(((1 + tolerance) * target / cell) + links / 2) + 1
         if num_cells * len(graph) > MOST_CELLS and refinement > 1:
             break
         best = best_scores(graph, cell, num_cells)
         off = (torch.arange(num_cells) * cell - target).abs()
-        sure = off <= tolerance * target - links * cell / 2
-        score = best[-1].masked_fill(~sure, -math.inf)  # [cells] of whole networks
-        if score.max() > -math.inf:
-            return shape_of_way(space, best_way(graph, best, cell, int(score.argmax())))
-    for macs, way in ((fewest, smallest), (most, largest)):
-        if in_band(macs, target, tolerance):  # at the very edge of the band
-            return shape_of_way(space, way)
-    raise TASError(message)
+        near = off <= tolerance * target + links * cell / 2
+        score = best[-1].masked_fill(~near, -math.inf)  # [cells] of whole networks
+        for m in score.argsort(descending=True)[:int(score.isfinite().sum())]:
+            shape = shape_of_way(space, best_way(graph, best, cell, int(m)))
+            if in_band(space.cost_of(shape), target, tolerance):
+                return shape
+    fewest, most = extreme_cost(graph, min), extreme_cost(graph, max)
+    full = space.cost_of(space.full)
+    raise TASError(f"no shape has {space.show(target)} within {tolerance:.1%}; possible are "
+                   f"{space.show(fewest)} to {space.show(most)} ({fewest / full:.3f} to "
+                   f"{most / full:.3f} of the unpruned network); choose another target")
 
 def draw_shape(space, target, tolerance=TOLERANCE):
     """A random Shape in the band (ablation): with Gumbel noise for logits the most probable sizes
@@ -1084,12 +1082,13 @@ def to_device(net, args):
     return net.to(args.device, memory_format=torch.channels_last)
 
 @torch.no_grad()
-def average_over_processes(tensors, world):
-    """Average tensors over all processes, in place."""
-    if world > 1:
+def average_over_processes(tensors):
+    """Average tensors over all processes, in place, where there are several."""
+    if torch.distributed.is_initialized():
         flat = torch.cat([t.reshape(-1) for t in tensors])
         torch.distributed.all_reduce(flat)
-        for t, mean in zip(tensors, flat.div_(world).split([t.numel() for t in tensors])):
+        flat /= torch.distributed.get_world_size()
+        for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
             t.copy_(mean.view(t.shape))
 
 def sgd(weights, args):
@@ -1098,7 +1097,7 @@ def sgd(weights, args):
                            nesterov=True, fused=True)
 
 def set_learning_rate(optimizer, step, steps, warmup, highest):
-    """Of a step: a linear rise over the first `warmup` of the `steps`, then a cosine to 0."""
+    """Set a step's: a linear rise in the first `warmup` of all `steps`, then a cosine to 0."""
     share = (step - warmup) / (steps - warmup)
     factor = min(1, (step + 1) / warmup) if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
     optimizer.param_groups[0]["lr"] = highest * factor
@@ -1108,20 +1107,20 @@ def gumbel_temperature(epoch, epochs, start=TAU_START, end=TAU_END):
     return start + (end - start) * epoch / max(1, epochs - 1)
 
 def training_loss(args, net, teacher, x, y):
-    """Of a batch x [N, 3, H, W], y [N], under a teacher if there is one: what is minimised, the
-    loss that is reported, and the logits [N, classes]."""
+    """Returns what is minimised, the loss that is reported, and the logits [N, classes], of a batch
+    x [N, 3, H, W], y [N], under a teacher if there is one."""
     with autocast(args):
         logits = net(x).float()
-        guide = teacher(x).float() if teacher else None
+        teacher_logits = teacher(x).float() if teacher else None
     if teacher:
         distil = TRANSFERS[args.transfer].loss
-        loss = distil(logits, guide, y, args.kd_weight, args.kd_temperature)
+        loss = distil(logits, teacher_logits, y, args.kd_weight, args.kd_temperature)
     else:
         loss = F.cross_entropy(logits, y)
     return loss, loss, logits
 
 def search_loss(args, net, tau, x, y):
-    """The same three of a network of sampled sizes, without a teacher."""
+    """As training_loss, of a SuperResNet under a new sample of sizes and without a teacher."""
     sample = sample_sizes(net.alpha, net.beta, tau, args.num_samples, args.sampler == "gumbel")
     with autocast(args):
         logits = net(x, sample).float()
@@ -1129,7 +1128,7 @@ def search_loss(args, net, tau, x, y):
     return loss, loss, logits
 
 def architecture_loss(args, net, tau, target, x, y):
-    """Those of search_loss, with the cost loss in what is minimised."""
+    """As search_loss; the cost loss is added to what is minimised."""
     loss, _, logits = search_loss(args, net, tau, x, y)
     p, q = net.probabilities()
     expected, actual = expected_macs(net.space, p, q), argmax_macs(net.space, p, q)
@@ -1140,13 +1139,13 @@ def take_step(args, net, optimizer, loss_function, *inputs):
     """One step of an optimiser down a loss(args, net, *inputs), whose last inputs are a batch x, y.
     Returns the reported loss and the accuracy in %, a tensor [2] on the device."""
     parameters = optimizer.param_groups[0]["params"]
-    net.requires_grad_(False)  # autograd follows only what is stepped ...
+    net.requires_grad_(False)  # saves the gradients, and what they need, of all that is not stepped
     for parameter in parameters:
-        parameter.requires_grad_(True)  # ... in the forward pass already
+        parameter.requires_grad_(True)
     minimised, loss, logits = loss_function(args, net, *inputs)
     optimizer.zero_grad()
     minimised.backward(inputs=parameters)
-    average_over_processes([p.grad for p in parameters], args.world)
+    average_over_processes([p.grad for p in parameters])
     optimizer.step()
     accuracy = 100 * (logits.argmax(1) == inputs[-1]).double().mean()
     return torch.stack([loss.detach().double(), accuracy])
@@ -1154,7 +1153,7 @@ def take_step(args, net, optimizer, loss_function, *inputs):
 def mean_of_steps(run, epoch, steps):
     """Mean loss and accuracy in % of an epoch's steps and all processes; TASError if not finite."""
     values = torch.stack(steps)  # [steps, 2]
-    average_over_processes([values], run.args.world)
+    average_over_processes([values])
     for step, finite in enumerate(values[:, 0].isfinite().tolist()):
         require(finite, f"{run.path}: the loss is not finite in epoch {epoch + 1}, step "
                 f"{step + 1}, with --lr {run.args.lr:g}; lower --lr (and choose another --out); "
@@ -1188,7 +1187,7 @@ def evaluate(net, split, args):
             logits = net(x)  # [N, classes]
         best = logits.topk(min(5, logits.shape[1])).indices  # [N, 5]
         right[:best.shape[1]] += (best == y[:, None]).sum(0)
-    if args.world > 1:
+    if torch.distributed.is_initialized():
         torch.distributed.all_reduce(right)
     return 100 * right[0].item() / len(order), 100 * right.sum().item() / len(order)
 
@@ -1229,7 +1228,7 @@ def train(run, data, net, teacher=None):
         for i, batch in run.steps(epoch, steps, batches, seen):
             set_learning_rate(optimizer, i, total, warmup, args.lr)
             seen.append(take_step(args, net, optimizer, training_loss, teacher, *batch))
-        average_over_processes([b for b in net.buffers() if b.is_floating_point()], args.world)
+        average_over_processes([b for b in net.buffers() if b.is_floating_point()])
         train_loss, train_accuracy = mean_of_steps(run, epoch, seen)
         top1, top5 = evaluate(net, data.test, args)
         top5 = {"test_top5": top5} if len(data.classes) > TOP5_CLASSES else {}
@@ -1284,8 +1283,11 @@ def measure_sizes(net):
     """MACs, and how decided alpha and beta are: top minus second probability, a mean over the sizes
     that have a choice."""
     def discrepancy(probabilities, rows):
-        tops = [p.topk(2).values for p, row in zip(probabilities.double(), rows) if len(row) > 1]
-        return -float(torch.stack(tops).diff().mean()) if tops else 0.0
+        choice = torch.tensor([len(row) > 1 for row in rows], device=probabilities.device)
+        if not choice.any():
+            return 0.0
+        first, second = probabilities.double()[choice].topk(2).values.T
+        return float((first - second).mean())
 
     p, q = net.probabilities()
     return {"expected_macs": float(expected_macs(net.space, p, q)),
@@ -1398,8 +1400,8 @@ class Run:
         if (self.path / "run.json").exists():
             self.info = read_json(self.path / "run.json")
             self.compare("run.json", self.info.get("settings"))
-            again = (self.path / "last.ckpt").exists() or "result" not in self.info
-            require((self.result or again) and self.info.get("precision") in ("fp32", "bf16"),
+            resumable = (self.path / "last.ckpt").exists() or "result" not in self.info
+            require((self.result or resumable) and self.info.get("precision") in ("fp32", "bf16"),
                     f"{self.path / 'run.json'} is damaged; choose another --out")
         elif is_first():
             require_new(self.path)
@@ -1412,8 +1414,8 @@ class Run:
     def result(self):
         """What a finished run gave, else None; a damaged one is made anew from last.ckpt."""
         result = self.info.get("result")
-        told = "accuracy" if self.settings["command"] == "train" else "macs"
-        sound = isinstance(result, dict) and type(result.get(told)) in (int, float)
+        key = "accuracy" if self.settings["command"] == "train" else "macs"
+        sound = isinstance(result, dict) and type(result.get(key)) in (int, float)
         return result if sound else None
 
     def compare(self, name, old):
@@ -1532,7 +1534,7 @@ def machine(device):
     return f"{processor().get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
 
 def native_precision(args):
-    """--precision; of auto, bf16 where the device computes it natively, else fp32."""
+    """--precision or, for auto, bf16 where the device computes it natively, else fp32."""
     if args.precision != "auto":
         return args.precision
     if args.device.type == "cuda":
@@ -1543,7 +1545,7 @@ def native_precision(args):
 
 def read_run(path):
     """Settings, result and precision in the run.json of a directory, or of the one that a file is
-    in; of what is not there {}, {} and None."""
+    in; what is not there is {}, {} and None."""
     file = Path(path if os.path.isdir(path) else Path(path).parent, "run.json")
     info = read_json(file) if file.exists() else {}
     parts = [info.get("settings"), info.get("result")]
@@ -1583,7 +1585,8 @@ def setup(args):
             torch.cuda.set_device(args.device)
             torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it
         torch.zeros(1, device=args.device).double().item()  # fails where it cannot compute
-    if args.world > 1 and not torch.distributed.is_initialized():
+    started = torch.distributed.is_torchelastic_launched() or args.world > 1
+    if started and not torch.distributed.is_initialized():
         if args.device.type == "cuda":
             torch.distributed.init_process_group("nccl", device_id=args.device)
         else:
@@ -1690,7 +1693,7 @@ def load_teacher(args, shape):
     return net
 
 def measure_teacher(args, data, teacher):
-    """Its accuracy in % on the test images, which is printed, with a warning near chance."""
+    """Print and return the teacher's accuracy in % on the test images; warn near chance."""
     accuracy, _ = evaluate(to_device(teacher, args), data.test, args)
     say(f"teacher {args.teacher}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images")
     chance = 100 / len(data.classes)
@@ -1700,7 +1703,7 @@ def measure_teacher(args, data, teacher):
     return accuracy
 
 def checksum(net):
-    """Of a network's parameters and buffers, to tell it from others; None of no network."""
+    """A number that tells a network's parameters and buffers from others'; None without one."""
     tensors = net.state_dict().values() if net else ()
     return zlib.crc32(b"".join(t.numpy().tobytes() for t in tensors)) if net else None
 
@@ -1756,6 +1759,7 @@ def plan_search(args):
         require(args.search == "both" and not args.cost,
                 "--method uniform scales all widths to MACs; leave --search and --cost out")
         return data, space, target, scale_shape(space, target, args.tolerance, args.round)
+    # Of a search, this shape serves only to show that the target can be met.
     return data, space, target, draw_shape(space, target, args.tolerance)
 
 def command_search(args):
@@ -1915,7 +1919,7 @@ def add_search_options(command):
     add("--cost", help="JSON of other costs than MACs")
     add("--tolerance", type=number(float, 0.001, 0.5), default=TOLERANCE, help="part of the target")
     add("--round", type=number(int, 1, 64), default=1, help="widths in multiples of this")
-    add("--arch-lr", type=number(float, 1e-9, 1e9), help="59 / steps, within 1e-3 and 0.05")
+    add("--arch-lr", type=number(float, 1e-9, 1e9), help="1e-3; in short searches up to 0.05")
     add("--search", choices=("both", "width", "depth"), default="both", help="what is searched")
     add("--method", choices=("tas", "random", "uniform"), default="tas",
         help="uniform: one factor for all widths")
@@ -1952,7 +1956,7 @@ def require_values(args):
                 f"--{name.replace('_', '-')}: an empty or dashed value, {value!r}")
 
 def main(argv=None):
-    """Run a command; returns the exit status: 0, 2 for what the user can mend, 130 when stopped."""
+    """Run a command; returns the exit status: 0, 2 for what the user can fix, 130 when stopped."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = build_parser().parse_args(argv)
@@ -1969,9 +1973,10 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except OSError as error:  # of the disk, of standard output, of too many files ...
-        return complain(f"{error}; mend it, and the same command goes on")
+        return complain(f"{error}; fix that, and the same command goes on")
     except (MemoryError, RuntimeError) as error:
-        if "memory" in str(error) or isinstance(error, MemoryError):
+        missing = "memory" in str(error) and "pin memory" not in str(error)  # a thread's name
+        if missing or isinstance(error, MemoryError):
             return complain("out of memory; lower --batch-size (and choose another --out)")
         if "DataLoader worker" in str(error):
             return complain(f"{error}; the same command goes on, with --workers 0 without workers")

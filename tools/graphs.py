@@ -9,67 +9,16 @@ either fails, the forward or the backward pass, one warning says so, nothing is 
 and the steps are those of tas.py. The results are those of tas.py up to rounding.
 """
 
-import contextlib
 import functools
-import itertools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tas
 import torch
+from capture import capture, without_trace
 
 plain_step = tas.take_step
-
-@contextlib.contextmanager
-def without_trace(net, optimizer, device):
-    """Undo what is done inside: to parameters, buffers, the optimiser's state, random numbers."""
-    def tensors():
-        moments = itertools.chain(*[state.values() for state in optimizer.state.values()])
-        return [*net.parameters(), *net.buffers(), *filter(torch.is_tensor, moments)]
-
-    before = {tensor: tensor.detach().clone() for tensor in tensors()}
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        with torch.no_grad():
-            for tensor in tensors():  # a new one is a moment, for which 0 is as good as nothing
-                tensor.copy_(before[tensor] if tensor in before else torch.zeros_like(tensor))
-
-def capture(step, net, optimizer, device, batch):
-    """A step of a batch as a CUDA graph, which must do in two steps what the step itself does."""
-    group = optimizer.param_groups[0]
-    rate = torch.tensor(float(group["lr"]), device=device)  # read by the graph, set at each replay
-    inputs, graph = [t.clone() for t in batch], torch.cuda.CUDAGraph()
-
-    def two(function):
-        with without_trace(net, optimizer, device):
-            results = [function(*batch) for _ in range(2)]
-            return [*results, *[p.detach().clone() for p in net.parameters()]]
-
-    def replay(*batch):
-        rate.fill_(group["lr"])
-        for old, new in zip(inputs, batch):
-            old.copy_(new)
-        graph.replay()
-        return result.clone()
-
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):  # as a capture wants its warm-up
-        expected = two(step)
-    torch.cuda.synchronize()
-    before, group["lr"] = dict(group), rate
-    if "capturable" in group:
-        group["capturable"] = True
-    try:
-        with torch.cuda.graph(graph):
-            result = step(*inputs)
-    finally:
-        group.update(before)
-    for a, b in zip(two(replay), expected):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
-    return replay
 
 class FastStep:
     """In the place of tas.take_step, whose arguments but for the batch are the same in a run."""
@@ -86,7 +35,8 @@ class FastStep:
 
     def can_capture(self, args):
         """Whether a step is to be captured: on one GPU."""
-        return self.captures and args.device.type == "cuda" and args.world == 1
+        alone = not torch.distributed.is_initialized()
+        return self.captures and args.device.type == "cuda" and alone
 
     def prepare(self, args, net, optimizer, loss_function, given, batch):
         """The step, compiled and captured as far as this works here."""
@@ -102,6 +52,8 @@ class FastStep:
                 if self.can_capture(args):
                     step = capture(step, net, optimizer, args.device, batch)
         except Exception as error:
+            while error.__context__:  # to the first one; those after it follow from it
+                error = error.__context__
             reason = tas.printable(str(error).strip())[:100]
             print(f"warning: a step is not compiled or captured: {reason}", file=sys.stderr)
             return plain

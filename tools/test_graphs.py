@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -109,8 +109,40 @@ class Recorded(TorchDispatchMode):
                     old.copy_(new)
 
 class Forgetful(Recorded):
+    """The last operator of all gets lost."""
+
     def replay(self):
         self.calls[:] = self.calls[:-1]
+        super().replay()
+
+class FrozenImages(Recorded):
+    """Replays see the images of the capture."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def freeze(value):
+            images = torch.is_tensor(value) and value.shape[1:] == (3, 8, 8)
+            return value.clone() if images else value
+
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        self.calls[-1] = (function, *tree_map(freeze, (args, kwargs or {})), result)
+        return result
+
+class FrozenRate(Recorded):
+    """Replays have the learning rate of the capture."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        if "lr" in (kwargs or {}):
+            self.calls[-1] = (function, args, kwargs | {"lr": kwargs["lr"].clone()}, result)
+        return result
+
+class WithoutMomentum(Recorded):
+    """Replays forget the steps before."""
+
+    def replay(self):
+        for function, args, _, _ in self.calls:
+            if "sgd" in function.name():
+                torch._foreach_zero_(args[2])
         super().replay()
 
 @pytest.fixture
@@ -120,7 +152,7 @@ def use(monkeypatch):
 
     def capture(step, net, optimizer, device, batch):
         @contextlib.contextmanager
-        def record(graph):  # a capture does nothing yet
+        def record(graph, **_):  # a capture does nothing yet
             with graphs.without_trace(net, optimizer, device), graph:
                 yield
         monkeypatch.setattr(torch.cuda, "graph", record)
@@ -152,15 +184,16 @@ def test_steps_run_from_where_they_were_captured(outcome, use, capsys, line, par
     for name, tensor in a["net"].items():
         torch.testing.assert_close(b["net"][name], tensor, rtol=1e-4, atol=1e-5)
 
-@pytest.mark.parametrize("line, parts", STEPS)
-def test_captured_steps_that_differ_are_not_used(outcome, use, capsys, line, parts):
-    """Here the last operator of all gets lost."""
+@pytest.mark.parametrize("kind, line, parts", [
+    *[(kind, *step) for kind in (Forgetful, FrozenImages, FrozenRate) for step in STEPS],
+    (WithoutMomentum, *STEPS[0])])
+def test_captured_steps_that_differ_are_not_used(outcome, use, capsys, kind, line, parts):
     plain = outcome(tas.main, "", line, "plain")
-    replays = use(Forgetful)
+    replays = use(kind)
     captured = outcome(graphs.main, "", line, "captured")
     warning = "warning: a step is not compiled or captured"
     assert capsys.readouterr().err.count(warning) == parts
-    assert replays[Forgetful] == 2 * parts
+    assert replays[kind] == 2 * parts
     assert identical(plain, captured)
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
