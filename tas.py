@@ -97,14 +97,21 @@ def require(condition, message):
     if not condition:
         raise TASError(message)
 
+def is_out_of_memory(error):
+    """Whether the host or the device has no more memory, in the words of torch's libraries."""
+    words = "memory", "bad_alloc", "ALLOC_FAILED", "could not create a primitive"
+    text = str(error).replace("pin memory", "")  # a thread's name
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in words))
+
 @contextlib.contextmanager
 def errors_as(message, kind=Exception):
     """Turn errors of a kind into a TASError: `message`, with the reason in the place of {}."""
     try:
         yield
-    except TASError:
-        raise
     except kind as error:
+        if isinstance(error, TASError) or is_out_of_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise TASError(message.replace("{}", reason.strip().split("\n")[0][:120])) from None
 
@@ -214,9 +221,14 @@ class Shape:
         path = Path(path, "shape.json") if os.path.isdir(path) else Path(path)
         fields = read_json(path)
         try:
-            return cls(**fields)
+            shape = cls(**fields)
         except (TASError, TypeError) as error:  # a wrong value; a missing or unknown field
             raise TASError(f"{path}: {str(error).replace('__init__() ', '')[:280]}") from None
+        settings, result, _ = read_run(path)
+        found = result.get("shape") or settings.get("shape")
+        require(found in (None, dataclasses.asdict(shape)), f"{path} is not the shape of the run "
+                "beside it; restore it, or move it elsewhere")
+        return shape
 
     def save(self, path):
         """Write the Shape as JSON, whole or not at all."""
@@ -345,7 +357,7 @@ class Space:
                     f"{str(found.get(name))[:60]}, not of {str(value)[:60]}; measure them")
         with errors_as(f"{path} has no table of costs from 0 on for every layer ({{}})"):
             cost = torch.tensor(found["cost"], dtype=torch.float64)
-            if cost.shape != self.cost.shape or not ((cost >= 0) & cost.isfinite()).all():
+            if cost.shape != self.cost.shape or not ((cost >= 0).all() and cost.sum().isfinite()):
                 raise ValueError(f"{list(cost.shape)}, not {list(self.cost.shape)}")
             if not found["unit"]:
                 raise ValueError("no unit")
@@ -1348,7 +1360,8 @@ def save_tensors(path, state):
 
 def load_tensors(path):
     """A dict saved by torch.save, on the CPU; nothing in the file is executed."""
-    with errors_as(f"{path} is missing, damaged or of another program; delete it or use another"):
+    with errors_as(f"{path} is missing, damaged or of another program ({{}}); delete it or use "
+                   "another"):
         require_file(path)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not compare checksums
@@ -1373,13 +1386,15 @@ def lock_directory(path):
     one holds it."""
     import fcntl
     with errors_as(f"cannot write {path}: {{}}; choose another --out", OSError):
-        file = open(path / ".lock", "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = (path / ".lock").read_text()[:80]
-        raise TASError(f"{path} is in use by {holder}; wait, or choose another --out") from None
-    (path / ".lock").write_text(f"process {os.getpid()} on {platform.node()}")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # never a file that a link leads to
+        file = open(os.open(path / ".lock", flags, 0o666), "rb+", 0)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
+        except BlockingIOError:
+            holder = file.read(80).decode(errors="replace")
+            raise TASError(f"{path} is in use by {holder}; wait, or choose another --out") from None
+        file.truncate()
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
     return file
 
 class Run:
@@ -1416,7 +1431,7 @@ class Run:
         result = self.info.get("result")
         key = "accuracy" if self.settings["command"] == "train" else "macs"
         sound = isinstance(result, dict) and type(result.get(key)) in (int, float)
-        return result if sound else None
+        return result if sound and 0 <= result[key] < 1e18 else None
 
     def compare(self, name, old):
         """TASError where a file of the run has other settings."""
@@ -1444,10 +1459,16 @@ class Run:
         if not path.exists():
             return []
         state = load_tensors(path)
-        self.compare("last.ckpt", state.get("settings"))
         with errors_as(f"{path} does not fit this network; delete it to start anew, or choose "
                        "another --out"):
+            self.compare("last.ckpt", state.get("settings"))
+            shown = "argmax_macs" if "target" in self.settings else "test_accuracy"
+            for i, line in enumerate(state["metrics"] or [{}], 1):  # a checkpoint has one at least
+                if line["epoch"] != i or not math.isfinite(line[shown] + sum(line.values())):
+                    raise ValueError("odd metrics")
             for name, part in parts.items():
+                if isinstance(part, torch.optim.Optimizer):  # all but the buffers are settings
+                    state["parts"][name]["param_groups"] = part.state_dict()["param_groups"]
                 require_same_form(part, state["parts"][name])
             for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
@@ -1516,11 +1537,14 @@ def require_same_form(part, saved):
     if isinstance(part, nn.Module):
         pairs = [(tensor, saved[name]) for name, tensor in part.state_dict().items()]
     else:
+        adam = isinstance(part, torch.optim.Adam)
+        names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
         for i, parameter in enumerate(part.param_groups[0]["params"]):
-            for name, value in saved["state"].get(i, {}).items():
+            for name in names:
+                value = saved["state"][i][name]
                 pairs.append((torch.tensor(0.0) if name == "step" else parameter, value))
     for a, b in pairs:
-        if b is not None and (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
+        if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
             raise ValueError(f"{tuple(b.shape)} {b.dtype} for {tuple(a.shape)} {a.dtype}")
 
 def processor():
@@ -1562,6 +1586,8 @@ def load(path, trained=False):
     if trained:
         with errors_as(f"{weights} does not fit the shape.json beside it"):
             net.load_state_dict(load_tensors(weights))
+        require(read_run(path)[1].get("weights") in (None, checksum(net)), f"{weights} is not what "
+                "the run beside it trained; restore it, or move it elsewhere")
     return net
 
 # ---- Commands -----------------------------------------------------------------------------------
@@ -1587,10 +1613,11 @@ def setup(args):
         torch.zeros(1, device=args.device).double().item()  # fails where it cannot compute
     started = torch.distributed.is_torchelastic_launched() or args.world > 1
     if started and not torch.distributed.is_initialized():
-        if args.device.type == "cuda":
-            torch.distributed.init_process_group("nccl", device_id=args.device)
-        else:
-            torch.distributed.init_process_group("gloo")
+        with errors_as("no other processes ({}); start them with torchrun, or unset WORLD_SIZE"):
+            if args.device.type == "cuda":
+                torch.distributed.init_process_group("nccl", device_id=args.device)
+            else:
+                torch.distributed.init_process_group("gloo")
     if not is_first():
         sys.stdout = open(os.devnull, "w")
     torch.backends.cudnn.benchmark = True
@@ -1675,21 +1702,26 @@ def read_shape(args):
     """The Shape of --shape or --init, which settles --arch and --image-size."""
     path = args.shape or args.init
     shape = Shape.load(path)
-    found = read_run(path)[1].get("shape")
-    require(found in (None, dataclasses.asdict(shape)), f"{path} is not the shape that the search "
-            "beside it found; restore it, or move it elsewhere")
     require(args.arch in (None, shape.arch),
             f"{path} is a shape of {shape.arch}, not of {args.arch}")
     args.arch, args.image_size = shape.arch, args.image_size or shape.image_size
     return shape
 
-def load_teacher(args, shape):
+def require_classes(path, net, data):
+    """TASError unless the data has the classes that the network of a directory was trained on."""
+    classes = read_run(path)[1].get("classes") or data.classes
+    require(len(data.classes) == net.shape.num_classes and classes == data.classes,
+            f"{path} was trained on {net.shape.num_classes} classes, {str(classes)[:100]}; "
+            f"the data has {len(data.classes)}, {str(data.classes)[:100]}; choose another one")
+
+def load_teacher(args, shape, data):
     """The trained unpruned network of --teacher, which is to guide `shape`."""
     net = load(args.teacher, trained=True)
     require(net.shape == net.shape.full,
             f"--teacher {args.teacher} is a pruned network; give the unpruned one")
     require_equal(f"--teacher {args.teacher}", net.shape, shape, "the network to train",
                   "arch", "num_classes")
+    require_classes(args.teacher, net, data)
     return net
 
 def measure_teacher(args, data, teacher):
@@ -1722,7 +1754,7 @@ def command_train(args):
         shape = dataclasses.replace(shape, num_classes=full.num_classes, image_size=full.image_size)
     shape = shape or full
     require_equal(args.shape, shape, full, "the data", "num_classes", "image_size")
-    teacher = load_teacher(args, shape) if args.teacher else None
+    teacher = load_teacher(args, shape, data) if args.teacher else None
     run = Run(args, data, "teacher" if shape == full else "pruned", TRAIN_SETTINGS,
               shape=dataclasses.asdict(shape), teacher=checksum(teacher), init=checksum(start))
     if run.result is None:
@@ -1741,7 +1773,7 @@ def command_train(args):
         save_tensors(run.path / "weights.pt", plain.state_dict())
         run.finish(shape, metrics, accuracy=metrics[-1]["test_accuracy"],
                    top5=metrics[-1].get("test_top5"), classes=data.classes,
-                   search=found, teacher_accuracy=above)
+                   search=found, teacher_accuracy=above, weights=checksum(plain))
     print_result(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
                  f"{args.data}, {summary(shape)}",
                  f"tas.py search DATA --arch {args.arch} --flops {FLOPS}" if shape == full else
@@ -1798,13 +1830,16 @@ def command_prune(args):
     searching = part("search", "search", epochs=args.search_epochs or args.epochs)
     data, space, *_ = plan_search(searching)  # all that can go wrong, before hours of training
     for name in ("teacher", "search", "pruned"):
-        if not (base / name / "run.json").exists():
+        if (base / name / "run.json").exists():
+            require(read_run(base / name)[0], f"{base / name / 'run.json'} has no settings; choose "
+                    "another --out")
+        else:
             require_new(base / name)
     usual = LARGE_EPOCHS if searching.image_size > LARGEST_IN_MEMORY else TRAIN_EPOCHS
     searching.later = args.epochs or usual  # epochs of the parts after it
     teacher = args.teacher
     if teacher:
-        measure_teacher(searching, data, load_teacher(args, space.full))
+        measure_teacher(searching, data, load_teacher(args, space.full, data))
     elif trains_teacher:
         teacher = base / "teacher"
         command_train(part("train", "teacher", epochs=args.teacher_epochs or args.epochs,
@@ -1817,15 +1852,12 @@ def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
     net = load(args.dir, trained=True)
     args.arch, args.image_size = net.shape.arch, args.image_size or net.shape.image_size
-    _, result, precision = read_run(args.dir)
+    precision = read_run(args.dir)[2]
     data = open_data(args, TRAIN_EPOCHS)
     if args.precision == "auto" and precision in ("fp32", "bf16"):
         args.precision = precision  # as in the last epoch of the run
     args.precision = native_precision(args)
-    classes = result.get("classes") or data.classes
-    require(len(data.classes) == net.shape.num_classes and classes == data.classes,
-            f"{args.dir} was trained on {net.shape.num_classes} classes, {str(classes)[:100]}; "
-            f"the data has {len(data.classes)}, {str(data.classes)[:100]}")
+    require_classes(args.dir, net, data)
     accuracy, top5 = evaluate(to_device(pad_channels(net), args), data.test, args)
     top5 = f" (top-5 {top5:.2f}%)" if len(data.classes) > TOP5_CLASSES else ""
     print_result(args, f"{args.dir}: accuracy {accuracy:.2f}%{top5} on {len(data.test.labels):,} "
@@ -1959,6 +1991,9 @@ def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can fix, 130 when stopped."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        require(sys.stdout, "standard output is closed; give it a file, such as > FILE")
+        with contextlib.suppress(AttributeError):  # a notebook's; a terminal may lack letters
+            sys.stdout.reconfigure(errors="backslashreplace")
         args = build_parser().parse_args(argv)
         require_values(args)
         args.line = shlex.join(["python", "tas.py", *argv])
@@ -1973,10 +2008,10 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except OSError as error:  # of the disk, of standard output, of too many files ...
-        return complain(f"{error}; fix that, and the same command goes on")
+        reason = str(error).strip().rsplit("\n", 1)[-1]  # the last line of a worker's
+        return complain(f"{reason}; fix that, and the same command goes on")
     except (MemoryError, RuntimeError) as error:
-        missing = "memory" in str(error) and "pin memory" not in str(error)  # a thread's name
-        if missing or isinstance(error, MemoryError):
+        if is_out_of_memory(error):
             return complain("out of memory; lower --batch-size (and choose another --out)")
         if "DataLoader worker" in str(error):
             return complain(f"{error}; the same command goes on, with --workers 0 without workers")

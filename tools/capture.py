@@ -14,7 +14,7 @@ import tas
 import torch
 
 TRIED_RATES = 0.01, 0.02  # of the two steps that are compared
-MOST_OFF = 0.15  # of their change; a lost momentum is 0.2 off, another order of summation 0.1 (bf16)
+MOST_OFF = 0.15  # of their change; a lost momentum is 0.2 off, another order of sums 0.1 in bf16
 
 @contextlib.contextmanager
 def without_trace(net, optimizer, device):

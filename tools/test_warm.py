@@ -70,7 +70,8 @@ def test_a_search_from_a_teacher(tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             for name in ("plan_search", "SuperResNet", "SEARCH_SETTINGS"):
                 patch.setattr(tas, name, getattr(tas, name))
-            return warm.main([str(tmp_path / teacher), "search", *line.split(), str(tmp_path / out)])
+            words = ["search", *line.split(), str(tmp_path / out)]
+            return warm.main([str(tmp_path / teacher), *words])
 
     assert search("teacher", "run") == 0
     settings = tas.read_json(tmp_path / "run" / "run.json")["settings"]
