@@ -78,6 +78,16 @@ def chi_square(counts, probabilities):
     expected = counts.sum() * probabilities
     return float(((counts - expected) ** 2 / expected).sum()) / (len(counts) - 1)
 
+def spy(patch, owner, name, look):
+    """Call look(*inputs) before each call of a function."""
+    plain = getattr(owner, name)
+
+    def call(*inputs, **named):
+        look(*inputs)
+        return plain(*inputs, **named)
+
+    patch.setattr(owner, name, call)
+
 # ---- Shapes and their cost ----------------------------------------------------------------------
 
 def slow_macs(shape):
@@ -118,6 +128,36 @@ def random_shape(arch, seed, widest=1, **fields):
     stages = [[[width(c) for c in widths] for widths in blocks[:rng.randint(1, len(blocks))]]
               for blocks in full.stages]
     return dataclasses.replace(full, stem=width(full.stem), stages=stages, **fields)
+
+@settings(max_examples=40)
+@given(st.sampled_from(CIFAR + IMAGENET), st.integers(0, 2 ** 32), st.integers(8, 1024),
+       st.integers(2, 25_000))
+def test_shapes_are_saved_and_loaded(tmp_path_factory, arch, seed, size, classes):
+    path = tmp_path_factory.getbasetemp() / "round-trip.json"
+    shape = random_shape(arch, seed, 8, image_size=size, num_classes=classes)
+    shape.save(path)
+    again = tas.Shape.load(path)
+    assert again == shape == tas.Shape.load(str(path)) and hash(again) == hash(shape)
+    assert json.loads(path.read_text()) == {
+        "arch": arch, "num_classes": classes, "image_size": size, "stem": shape.stem,
+        "stages": shape.stages}
+    assert shape.convs == [shape.stem, *itertools.chain(*itertools.chain(*shape.stages))]
+    assert list(path.parent.glob("round-trip*")) == [path]
+
+def test_shapes_are_values():
+    stages = [[[6, 4]], [[32, 32], [9, 19]], [[64, 64]]]
+    shape = tas.Shape("resnet20", 10, 32, 16, stages)
+    same = tas.Shape("resnet20", 10, 32, 16, tuple(tuple(map(tuple, s)) for s in stages))
+    assert same == shape and len({shape, same}) == 1
+    stages[0][0][0] = 7  # the Shape keeps its own lists
+    assert shape.stages[0][0][0] == 6
+    for change in (dict(stem=15), dict(num_classes=9), dict(image_size=31), dict(stages=stages)):
+        assert dataclasses.replace(shape, **change) != shape
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        shape.stem = 3
+    assert dataclasses.replace(shape, stem=8 * 16).stem == 128  # wider than the unpruned one
+    with pytest.raises(tas.TASError, match="stem"):
+        dataclasses.replace(shape, stem=8 * 16 + 1)
 
 @pytest.mark.parametrize("arch", CIFAR + IMAGENET)
 @settings(max_examples=4)
@@ -691,35 +731,6 @@ def test_extract_at_the_edges_of_what_is_possible(case):
             for number in (macs[0], macs[-1], target):
                 assert f"{number:,.0f}" in str(caught.value)
 
-def set_cost(value):
-    return lambda entries: entries["cost"][3][1].__setitem__(2, value)
-
-@pytest.mark.parametrize("change, word", [
-    (lambda entries: entries.update(arch="resnet32"), "arch resnet32"),
-    (lambda entries: entries.update(image_size=64), "image_size 64"),
-    (lambda entries: entries["widths"].pop(), "widths"),
-    (lambda entries: entries.update(cost=[[1.0]]), "table of costs"),
-    (lambda entries: entries.update(cost="many"), "table of costs"),
-    (lambda entries: entries.update(unit=3), "table of costs"),
-    *[(set_cost(value), "table of costs") for value in (-1, math.nan, math.inf, None, [])]])
-def test_wrong_costs_are_refused_by_name(tmp_path, change, word):
-    space, path = tas.Space("resnet20"), tmp_path / "cost.json"
-    write_costs(path, space, 0)
-    space.load_cost(path)
-    entries = tas.read_json(path)
-    change(entries)
-    path.write_text(json.dumps(entries))
-    with pytest.raises(tas.TASError, match=f"cost.json.*{word}"):
-        space.load_cost(path)
-
-def test_extract_of_nan_is_an_error():
-    space = tas.Space("resnet20")
-    for which in (0, 1):
-        logits = draw_logits(space, "small", 0)
-        logits[which][0] = math.nan
-        with pytest.raises(tas.TASError, match="NaN"):
-            tas.extract(space, *logits, 2e7)
-
 def test_drawn_shapes():
     """Uniform where the band leaves them alone; else in the band, and all different."""
     space = tas.Space("resnet20")
@@ -912,6 +923,71 @@ def test_a_linear_model_cannot_separate_the_synthetic_data():
         w = torch.linalg.solve(gram + penalty * torch.eye(len(gram)), cross)
         accuracies.append(float(((test_x @ w).argmax(1) == test_y).float().mean()))
     assert max(accuracies) < 0.4
+
+def write_images(root, classes="ab", train=12, val=4, size=8, mode="RGB"):
+    """An ImageFolder of noise; the classes differ in brightness."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val)):
+        for c, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                shape, brightest = (size, size, 3), min(176 + 40 * c, 256)
+                pixels = rng.integers(40 * c, brightest, shape, dtype=np.uint8)
+                Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA"])
+def test_other_kinds_of_images_are_converted(tmp_path, mode):
+    write_images(tmp_path / "data", mode=mode)
+    for path in (tmp_path / "data").rglob("*.png"):
+        same = tmp_path / "rgb" / path.relative_to(tmp_path / "data")
+        same.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("RGB").save(same)
+    place = 8, torch.device("cpu"), 0
+    a, b = [tas.load_data("folder", f"{tmp_path}/{name}", *place) for name in ("data", "rgb")]
+    assert torch.equal(a.train.pixels, b.train.pixels) and len(a.train.pixels.unique()) > 1
+    assert torch.equal(a.test.pixels, b.test.pixels)
+
+def make_photographs(root):
+    """JPEG files of smooth colours, of many sizes, one of them grey and one for printers."""
+    rng = np.random.default_rng(1)
+    for part, count in (("train", 8), ("val", 3)):
+        for name in ("n01", "n02"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+                image = Image.fromarray(coarse).resize((90 + 7 * i, 120 - 2 * i), Image.BICUBIC)
+                image = image.convert({0: "L", 1: "CMYK"}.get(i, "RGB"))
+                image.save(root / part / name / f"{name}_{i}.JPEG")
+
+@pytest.mark.parametrize("size, resized", [(32, 32), (64, 64), (72, 82)])
+def test_test_images_are_resized_and_cropped(tmp_path, size, resized):
+    """The shorter side to the size, or 256/224 of a large one; then the centre."""
+    make_photographs(tmp_path)
+    data = tas.load_data("folder", str(tmp_path), size, torch.device("cpu"), 0)
+    [(images, labels)] = data.test.batches(torch.arange(6), 6, False)
+    assert labels.tolist() == [0] * 3 + [1] * 3 and images.shape == (6, 3, size, size)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    for x, path in zip(images, sorted((tmp_path / "val").rglob("*.JPEG"))):
+        image = Image.open(path).convert("RGB")
+        short = min(image.size)
+        image = image.resize([int(resized * side / short) for side in image.size], Image.BILINEAR)
+        left, top = [round((side - size) / 2) for side in image.size]
+        pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+        expected = torch.tensor((pixels / 255 - mean) / std).permute(2, 0, 1).float()
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
+        assert torch.equal(tas.preprocess(Image.open(path), size), x[None])
+
+def test_fingerprints_tell_large_images_apart(tmp_path):
+    def of(name):
+        data = tas.load_data("folder", str(tmp_path / name), 66, torch.device("cpu"), 0)
+        return tas.fingerprint(data)
+
+    write_images(tmp_path / "one", size=66)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert of("one") == of("two")
+    (tmp_path / "two/train/a/0.png").rename(tmp_path / "two/train/a/x.png")
+    assert of("one") != of("two")
 
 # ---- Training and search ------------------------------------------------------------------------
 
@@ -1176,20 +1252,15 @@ STEPS = [("train --arch resnet20 --batch-size 16", 1), (f"train {PRUNED} --batch
 @pytest.mark.parametrize("line, parts", STEPS)
 def test_an_epoch_does_not_wait_for_the_device(run_small, monkeypatch, line, parts):
     """From its first step to the measuring at its end."""
-    take_step, mean_of_steps, steps = tas.take_step, tas.mean_of_steps, []
+    steps = []
     with contextlib.ExitStack() as guard:
-        def first(*inputs):
+        def look(*inputs):
             if not steps:
                 guard.enter_context(no_host_sync())
-            steps.append(take_step(*inputs))
-            return steps[-1]
+            steps.append(inputs)
 
-        def last(*inputs):
-            guard.close()
-            return mean_of_steps(*inputs)
-
-        monkeypatch.setattr(tas, "take_step", first)
-        monkeypatch.setattr(tas, "mean_of_steps", last)
+        spy(monkeypatch, tas, "take_step", look)
+        spy(monkeypatch, tas, "mean_of_steps", lambda *_: guard.close())
         run_small(f"{line} --epochs 1")
     assert len(steps) == 10 * parts
 
@@ -1238,37 +1309,132 @@ def test_a_search_step_is_one_graph(loss, inputs):
         values.add(minimised.item())
     assert counter.frame_count == 1 and len(values) == 20
 
-# ---- Shape files --------------------------------------------------------------------------------
+# ---- Commands in small worlds -------------------------------------------------------------------
 
-@settings(max_examples=40)
-@given(st.sampled_from(CIFAR + IMAGENET), st.integers(0, 2 ** 32), st.integers(8, 1024),
-       st.integers(2, 25_000))
-def test_shapes_are_saved_and_loaded(tmp_path_factory, arch, seed, size, classes):
-    path = tmp_path_factory.getbasetemp() / "round-trip.json"
-    shape = random_shape(arch, seed, 8, image_size=size, num_classes=classes)
-    shape.save(path)
-    again = tas.Shape.load(path)
-    assert again == shape == tas.Shape.load(str(path)) and hash(again) == hash(shape)
-    assert json.loads(path.read_text()) == {
-        "arch": arch, "num_classes": classes, "image_size": size, "stem": shape.stem,
-        "stages": shape.stages}
-    assert shape.convs == [shape.stem, *itertools.chain(*itertools.chain(*shape.stages))]
-    assert list(path.parent.glob("round-trip*")) == [path]
+LIMIT = 240  # seconds; only against hangs
+os.environ["OMP_NUM_THREADS"] = "1"  # in other processes as in this one
+RESULTS = ("run.json", "metrics.jsonl", "last.ckpt", "shape.json", "weights.pt")
+CHEAP = "--data folder --image-size 8 --batch-size 6 --workers 0 --precision fp32"
+TRAIN = f"train {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 2"
+SEARCH = f"search {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 3"
+PRUNE = f"prune {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 3"
+DISTIL = f"train {CHEAP} --data-dir {{root}}/data --shape {{root}}/runs/search --epochs 3"
+GUIDED = DISTIL + " --teacher {root}/runs/teacher"
+ONE = f"{CHEAP} --data-dir {{root}}/data --epochs 1 --out {{root}}/new"
+NEW = f"train --arch resnet20 {ONE}"
+HALF = TRAIN + " --out {root}/half"
 
-def test_shapes_are_values():
-    stages = [[[6, 4]], [[32, 32], [9, 19]], [[64, 64]]]
-    shape = tas.Shape("resnet20", 10, 32, 16, stages)
-    same = tas.Shape("resnet20", 10, 32, 16, tuple(tuple(map(tuple, s)) for s in stages))
-    assert same == shape and len({shape, same}) == 1
-    stages[0][0][0] = 7  # the Shape keeps its own lists
-    assert shape.stages[0][0][0] == 6
-    for change in (dict(stem=15), dict(num_classes=9), dict(image_size=31), dict(stages=stages)):
-        assert dataclasses.replace(shape, **change) != shape
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        shape.stem = 3
-    assert dataclasses.replace(shape, stem=8 * 16).stem == 128  # wider than the unpruned one
-    with pytest.raises(tas.TASError, match="stem"):
-        dataclasses.replace(shape, stem=8 * 16 + 1)
+def run(line, **places):
+    """Run a command in this process."""
+    return tas.main(shlex.split(line.format(**places)))
+
+def tree(root):
+    """Content of every file below a directory, without locks."""
+    return {p: p.read_bytes() for p in sorted(root.rglob("[!.]*")) if p.is_file()}
+
+def read_metrics(directory):
+    """Lines of metrics.jsonl, if there is one, without the entries that may differ between runs."""
+    path = directory / "metrics.jsonl"
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
+
+def read_result(directory):
+    """What a finished run gave, without its time."""
+    return tas.read_json(directory / "run.json")["result"] | {"seconds": 0}
+
+def macs_share(directory):
+    """MACs of a run's network, as a share of the unpruned one's."""
+    shape = tas.Shape.load(directory)
+    return tas.count_macs(shape) / tas.count_macs(shape.full)
+
+def change_json(path, change):
+    """Write these bytes, or change these entries of the object that is there."""
+    if isinstance(change, dict):
+        change = json.dumps(tas.read_json(path) | change).encode()
+    path.write_bytes(change)
+
+def change_state(path, change):
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+def identical(a, b):
+    """Whether two nested states are the same to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return a == b
+
+def check_same_run(a, b):
+    """The same files with the same result to the last bit, and the same state to go on from."""
+    searched = "tau" in read_metrics(a)[0]
+    for path in (a, b):
+        assert sorted(p.name for p in path.glob("[!.]*")) == sorted(RESULTS[:5 - searched])
+    assert read_metrics(a) == read_metrics(b)
+    assert (a / "shape.json").read_bytes() == (b / "shape.json").read_bytes()
+    if not searched:
+        assert identical(*[tas.load_tensors(p / "weights.pt") for p in (a, b)])
+    assert identical(*[tas.load_tensors(p / "last.ckpt")["parts"] for p in (a, b)])
+    assert read_result(a) == read_result(b)
+
+def check_parts(base, expected):
+    for part in ("teacher", "search", "pruned"):
+        check_same_run(base / part, expected / part)
+
+def stop_while_writing(patch, nth, name="last.ckpt"):
+    """Interrupt in the middle of writing the nth file of that name."""
+    count = itertools.count(1)
+
+    def look(path, content):
+        if Path(path).name == name and next(count) == nth:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(f"{path}.tmp").write_bytes(bytes(content)[:100])
+            raise KeyboardInterrupt
+
+    spy(patch, tas, "write_file", look)
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A directory with `data`, `runs` made by prune, `other`, a second teacher, `whole`, a short
+    training, and `half`, the same interrupted."""
+    root = tmp_path_factory.mktemp("world")
+    write_images(root / "data")
+    assert run(PRUNE + " --out {root}/runs", root=root) == 0
+    assert run(TRAIN + " --seed 1 --out {root}/other", root=root) == 0
+    assert run(TRAIN + " --out {root}/whole", root=root) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_while_writing(patch, 2)
+        assert run(HALF, root=root) == 130
+    return root
+
+@pytest.fixture
+def world(root, tmp_path):
+    """A copy of that directory, to be changed."""
+    yield shutil.copytree(root, tmp_path / "world")
+    shutil.rmtree(tmp_path / "world")
+
+def one_line(capture):
+    """The only line on stderr."""
+    err = capture.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+\n", err), err
+    return err
+
+def check_refused(capture, root, line, *words, **places):
+    """Exit status 2, one line that names the thing, and no file changed or made."""
+    before = tree(root)
+    capture.readouterr()
+    assert run(line, root=root, **places) == 2
+    err = one_line(capture)
+    for word in words:
+        assert word.format(root=root, **places) in err
+    after = tree(root)
+    shutil.rmtree(root / "new", ignore_errors=True)  # for the other tests
+    assert after == before
+
+# ---- Wrong shapes, costs and targets ------------------------------------------------------------
 
 FULL = dataclasses.asdict(tas.Shape.unpruned("resnet20", 10))
 WRONG = [None, True, False, 0, -1, -10 ** 400, 10 ** 300, 25_001, 3.0, -0.5, math.nan, "", "16",
@@ -1324,151 +1490,519 @@ def test_files_that_are_no_shape(tmp_path):
     with pytest.raises(tas.TASError, match="cannot write"):
         tas.Shape(**FULL).save(tmp_path / "x.json" / "shape.json")
 
-# ---- Commands, in small worlds -----------------------------------------------------------------
+def set_cost(value):
+    return lambda entries: entries["cost"][3][1].__setitem__(2, value)
 
-LIMIT = 240  # seconds; only against hangs
-os.environ["OMP_NUM_THREADS"] = "1"  # in other processes as in this one
-RESULTS = ("run.json", "metrics.jsonl", "last.ckpt", "shape.json", "weights.pt")
-CHEAP = "--data folder --image-size 8 --batch-size 6 --workers 0 --precision fp32"
-TRAIN = f"train {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 2"
-SEARCH = f"search {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 3"
-PRUNE = f"prune {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 3"
-DISTIL = f"train {CHEAP} --data-dir {{root}}/data --shape {{root}}/runs/search --epochs 3"
-GUIDED = DISTIL + " --teacher {root}/runs/teacher"
-ONE = f"{CHEAP} --data-dir {{root}}/data --epochs 1 --out {{root}}/new"
+@pytest.mark.parametrize("change, word", [
+    (lambda entries: entries.update(arch="resnet32"), "arch resnet32"),
+    (lambda entries: entries.update(image_size=64), "image_size 64"),
+    (lambda entries: entries["widths"].pop(), "widths"),
+    (lambda entries: entries.update(cost=[[1.0]]), "table of costs"),
+    (lambda entries: entries.update(cost="many"), "table of costs"),
+    (lambda entries: entries.update(unit=3), "table of costs"),
+    *[(set_cost(value), "table of costs") for value in (-1, math.nan, math.inf, None, [])]])
+def test_wrong_costs_are_refused_by_name(tmp_path, change, word):
+    space, path = tas.Space("resnet20"), tmp_path / "cost.json"
+    write_costs(path, space, 0)
+    space.load_cost(path)
+    entries = tas.read_json(path)
+    change(entries)
+    path.write_text(json.dumps(entries))
+    with pytest.raises(tas.TASError, match=f"cost.json.*{word}"):
+        space.load_cost(path)
 
-def run(line, **places):
-    """Run a command in this process."""
-    return tas.main(line.format(**places).split())
+def test_extract_of_nan_is_an_error():
+    space = tas.Space("resnet20")
+    for which in (0, 1):
+        logits = draw_logits(space, "small", 0)
+        logits[which][0] = math.nan
+        with pytest.raises(tas.TASError, match="NaN"):
+            tas.extract(space, *logits, 2e7)
 
-def start(line, *python, **options):
-    """Start a command as a process of its own."""
-    line = [sys.executable, *(python or [tas.__file__]), *line.split()]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen(line, text=True, cwd=HERE, **options)
+@pytest.mark.parametrize("unit, text, share", [
+    ("MACs", "0.5", 0.5), ("MACs", "1", 1), ("MACs", "20M", 20e6 / 40813184),
+    ("MACs", "9000k", 9e6 / 40813184), ("MACs", "0.02G", 20e6 / 40813184),
+    ("µs", "0.5", 0.5), ("µs", "20000000µs", 20e6 / 40813184), ("m²", "2e7m²", 20e6 / 40813184)])
+def test_targets(unit, text, share):
+    space = tas.Space("resnet20")
+    space.unit = unit
+    assert math.isclose(tas.parse_target(text, space), share * 40813184, rel_tol=1e-6)
 
-def finish(process):
-    """Exit status, output and error output of a process."""
-    try:
-        out, err = process.communicate(timeout=LIMIT)
-    finally:
-        process.kill()
-    return process.returncode, out, err
+@pytest.mark.parametrize("unit, text", [
+    ("MACs", "20000000"), ("MACs", "41M"), ("MACs", "3ms"), ("MACs", "M"), ("µs", "3M"),
+    ("µs", "2"), ("µs", "µs"), ("µs", "-3µs")])
+def test_targets_that_are_none(unit, text):
+    space = tas.Space("resnet20")
+    space.unit = unit
+    with pytest.raises(tas.TASError, match=f"--flops {text}"):
+        tas.parse_target(text, space)
 
-def write_images(root, classes="ab", train=12, val=4, size=8, mode="RGB"):
-    """An ImageFolder of noise; the classes differ in brightness."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", train), ("val", val)):
-        for c, name in enumerate(classes):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                shape, brightest = (size, size, 3), min(176 + 40 * c, 256)
-                pixels = rng.integers(40 * c, brightest, shape, dtype=np.uint8)
-                Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
+@given(st.text(min_size=1), st.integers(1, 900))
+def test_messages_are_printable_and_short(text, repeats):
+    shown = tas.printable(text)
+    assert shown.isprintable() and (shown == text or not text.isprintable())
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        assert tas.complain(text * repeats) == 2
+    line = err.getvalue().removesuffix("\n")
+    assert line.isprintable() and len(line) <= 500
+    assert f"error: {shown * repeats}".startswith(line) and line.startswith("error: ")
 
-def tree(root):
-    """Content of every file below a directory, without locks."""
-    return {p: p.read_bytes() for p in sorted(root.rglob("[!.]*")) if p.is_file()}
+# ---- Wrong command lines ------------------------------------------------------------------------
 
-def read_metrics(directory):
-    """Lines of metrics.jsonl, without the entries that may differ between runs."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
+TRAIN_CHANGES = ["--epochs 9", "--lr 0.2", "--seed 4 --lr 0.3", "--batch-size 4", "--image-size 9",
+                 "--weight-decay 0.01", "--precision bf16", "--init {root}/other"]
+SEARCH_CHANGES = ["--flops 0.6", "--tolerance 0.1", "--num-samples 3", "--sampler softmax",
+                  "--align pad", "--round 2", "--arch-lr 0.01", "--search width", "--method random",
+                  "--cost-weight 1.0", "--tau-start 5.0", "--tau-end 1.0"]
+DISTIL_CHANGES = ["--transfer init", "--transfer none", "--teacher {root}/other", "--kd-weight 0.5",
+                  "--kd-temperature 2.0", "--shape {root}/whole"]
 
-def read_result(directory):
-    """What a finished run gave, without its time."""
-    return tas.read_json(directory / "run.json")["result"] | {"seconds": 0}
+@pytest.mark.parametrize("line, flags, where", [
+    *[(TRAIN, flags, where) for flags in TRAIN_CHANGES for where in ("half", "whole")],
+    *[(SEARCH, flags, "runs/search") for flags in SEARCH_CHANGES],
+    *[(GUIDED, flags, "runs/pruned") for flags in DISTIL_CHANGES]])
+def test_other_settings_are_refused(root, capfd, line, flags, where):
+    """All that differ are named, with both values."""
+    names = []
+    for flag, value in re.findall(r"--(\S+) (\S+)", flags):
+        name = {"flops": "target"}.get(flag, flag.replace("-", "_"))
+        is_converted = name in ("target", "teacher", "shape", "init")
+        names += [f"{name} was ", "now " if is_converted else f"now {value}"]
+    check_refused(capfd, root, f"{line} {flags} --out {{root}}/{where}", "--out", *names)
 
-def macs_share(directory):
-    """MACs of a run's network, as a share of the unpruned one's."""
-    shape = tas.Shape.load(directory)
-    return tas.count_macs(shape) / tas.count_macs(shape.full)
+def test_every_setting_is_compared(world, capfd):
+    """A run that does not record one is another run."""
+    info = tas.read_json(world / "half/run.json")
+    for name in info["settings"]:
+        settings = {key: value for key, value in info["settings"].items() if key != name}
+        change_json(world / "half/run.json", {"settings": settings})
+        check_refused(capfd, world, HALF, f"{name} was not recorded")
 
-def change_json(path, change):
-    """Write these bytes, or change these entries of the object that is there."""
-    if isinstance(change, dict):
-        change = json.dumps(tas.read_json(path) | change).encode()
-    path.write_bytes(change)
+WRONG_VALUES = [
+    ("train", {
+        "--epochs": "-3 0 two", "--batch-size": "0 25", "--lr": "nan -1 inf", "--seed": "-1",
+        "--workers": "-2", "--image-size": "7", "--precision": "fp8", "--weight-decay": "2",
+        "--transfer": "copy", "--device": "nonsense cuda:99 meta", "--arch": "resnt56",
+        "--data": "cifar11", "--wrong": "3", "--flops": "0.5", "--weight": "0.1"}),
+    ("search", {
+        "--flops": "0 1.5 abc nan inf -0.5 900G M", "--num-samples": "9 0", "--search": "all",
+        "--method": "grid", "--sampler": "hard", "--align": "crop", "--round": "0",
+        "--tolerance": "0", "--arch-lr": "nan", "--batch-size": "13", "--teacher": "x"})]
+WRONG_TOGETHER = [
+    ("train", "--arch resnet20 --batch-size 1", ["--batch-size 1"]),
+    ("train", "--arch resnet32 --shape {root}/runs/search/shape.json", ["resnet20", "resnet32"]),
+    ("train", "--shape {root}/nowhere.json", ["{root}/nowhere.json"]),
+    ("train", "--shape {root}/runs", ["{root}/runs"]),
+    ("train", "--shape {root}/runs/search/shape.json --image-size 16", ["image_size 8", "16"]),
+    ("train", "--arch resnet20 --transfer kd", ["--transfer kd", "--teacher"]),
+    ("train", "--arch resnet20 --transfer init", ["--transfer init", "--teacher"]),
+    ("train", "--arch resnet32 --teacher {root}/runs/teacher", ["resnet20", "resnet32"]),
+    ("train", "--arch resnet20 --teacher {root}/runs/search", ["{root}/runs/search", "weights.pt"]),
+    ("train", "--arch resnet20 --teacher {root}/half", ["{root}/half", "weights.pt"]),
+    ("train", "--arch resnet20 --teacher {root}/nowhere", ["{root}/nowhere"]),
+    ("train", "--arch resnet20 --teacher {root}/runs/search/shape.json",
+     ["shape.json", "weights.pt"]),
+    ("train", "--arch resnet20 --teacher {root}/runs/pruned",
+     ["{root}/runs/pruned", "pruned network"]),
+    ("train", "--init {root}/other --shape {root}/runs/search", ["--shape"]),
+    ("train", "--init {root}/other --arch resnet32", ["resnet20"]),
+    ("train", "--arch resnet20 --out {root}/half/run.json", ["{root}/half/run.json", "--out"]),
+    ("train", "--arch resnet20 --out {root}/half/run.json/new",
+     ["{root}/half/run.json/new", "--out"]),
+    ("train", "--arch resnet20 --out {root}/data", ["{root}/data", "--out"]),
+    ("train", "--arch resnet20 --out /proc/nowhere", ["/proc/nowhere", "--out"]),
+    ("search", "--method random --search depth --flops 0.01", ["possible are"]),
+    ("search", "--method uniform --flops 0.0004", ["--flops"]),
+    ("search", "--method uniform --search depth", ["uniform", "--search"]),
+    ("search", "--method tas --search depth --flops 0.01", ["possible are"]),
+    # Before the teacher is trained:
+    ("prune", "--flops 50", ["--flops 50"]),
+    ("prune", "--search depth --flops 0.01", ["possible are"]),
+    ("prune", "--batch-size 13", ["half of the search"]),
+    ("prune", "--teacher {root}/nowhere", ["{root}/nowhere"]),
+    ("prune", "--teacher {root}/runs/pruned", ["pruned network"]),
+    ("prune", "--init {root}/other --teacher {root}/other", ["--init"]),
+    ("prune", "--init {root}/other --transfer none", ["--init"]),
+    ("prune", "--epochs 3 --flops 0.4 --out {root}/runs",
+     ["target was", "prune keeps its teacher with --teacher DIR"])]
 
-def identical(a, b):
-    """Whether two nested states are the same to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(identical, a, b))
-    return a == b
+@pytest.mark.parametrize("line, words", [
+    ("train --arch vgg " + ONE, ["vgg", "resnet56"]), ("train " + ONE, ["--arch"]),
+    ("search " + ONE, ["--arch"]), ("train --arch resnet20 --epochs 1", ["--data"]),
+    ("trian --arch resnet20 " + ONE, ["trian", "train"]), ("", ["COMMAND"]),
+    ("train --data synthetic --image-size 16 --arch resnet20", ["--image-size"]),
+    ("eval --data synthetic --epochs 3 DIR", ["--epochs"]),
+    ("eval --data synthetic {root}/whole", ["--image-size"]),
+    *[(f"eval {{root}}/{name} --data folder --data-dir {{root}}/data", ["{root}/" + name])
+      for name in ("nowhere", "half", "runs/search", "runs/search/shape.json")],
+    *[(f"{NEW} {words}", [re.split("[ =]", words)[0] + ": an empty or dashed value"])
+      for words in ("--teacher ''", "--shape ''", "--shape=", "--epochs=--", "--out ''",
+                    "--data-dir=", "--teacher=--quiet")],
+    *[(f"{command} --arch resnet20 {ONE} {flag} {value}", [flag, value])
+      for command, flags in WRONG_VALUES
+      for flag, values in flags.items() for value in values.split()],
+    *[(f"{command} {ONE} {flags}" + " --arch resnet20" * (command != "train"), words)
+      for command, flags, words in WRONG_TOGETHER]])
+def test_wrong_command_lines(root, capfd, line, words):
+    check_refused(capfd, root, line, *words)
 
-def check_same_run(a, b):
-    """The same files with the same result to the last bit, and the same state to go on from."""
-    searched = "tau" in read_metrics(a)[0]
-    for path in (a, b):
-        assert sorted(p.name for p in path.glob("[!.]*")) == sorted(RESULTS[:5 - searched])
-    assert read_metrics(a) == read_metrics(b)
-    assert (a / "shape.json").read_bytes() == (b / "shape.json").read_bytes()
-    if not searched:
-        assert identical(*[tas.load_tensors(p / "weights.pt") for p in (a, b)])
-    assert identical(*[tas.load_tensors(p / "last.ckpt")["parts"] for p in (a, b)])
-    assert read_result(a) == read_result(b)
+@pytest.mark.parametrize("names, words", [
+    ({"WORLD_SIZE": "4"}, ["--batch-size 6", "4 processes"]),
+    *[(names, ["WORLD_SIZE"]) for names in (
+        {"RANK": "x"}, {"WORLD_SIZE": "x"}, {"RANK": "1"}, {"RANK": "-1"}, {"WORLD_SIZE": "0"})]])
+def test_wrong_places_among_processes(root, capfd, monkeypatch, names, words):
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    check_refused(capfd, root, NEW, *words)
 
-def check_parts(base, expected):
-    for part in ("teacher", "search", "pruned"):
-        check_same_run(base / part, expected / part)
+def no_network(*_, **__):
+    raise urllib.error.URLError("no network")
 
-def stop_while_writing(patch, nth, name="last.ckpt"):
-    """Interrupt in the middle of writing the nth file of that name."""
-    plain, count = tas.write_file, itertools.count(1)
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_no_network_for_cifar(tmp_path, capfd, monkeypatch, name):
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    check_refused(capfd, tmp_path, f"train --data {name} --data-dir {{root}}/data --arch resnet20 "
+                  "--out {root}/new", name, "{root}/data", "no network", "--data synthetic")
 
-    def write(path, content):
-        if Path(path).name == name and next(count) == nth:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(f"{path}.tmp").write_bytes(bytes(content)[:100])
-            raise KeyboardInterrupt
-        plain(path, content)
+# ---- Spoiled files ------------------------------------------------------------------------------
 
-    patch.setattr(tas, "write_file", write)
+GOOD = {"arch": "resnet20", "num_classes": 2, "image_size": 8, "stem": 9,
+        "stages": [[[9, 8]], [[20, 12], [32, 12]], [[64, 25]]]}
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A directory with `data`, `runs` made by prune, `other`, a second teacher, `whole`, a short
-    training, and `half`, the same interrupted."""
-    root = tmp_path_factory.mktemp("world")
-    write_images(root / "data")
-    assert run(PRUNE + " --out {root}/runs", root=root) == 0
-    assert run(TRAIN + " --seed 1 --out {root}/other", root=root) == 0
-    assert run(TRAIN + " --out {root}/whole", root=root) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        stop_while_writing(patch, 2)
-        assert run(TRAIN + " --out {root}/half", root=root) == 130
-    return root
+def cut_jpeg(path):
+    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, quality=95)
+    path.write_bytes(path.read_bytes()[:3000])
 
-@pytest.fixture
-def half(root, tmp_path):
-    """A copy of the interrupted run, and of its data."""
-    shutil.copytree(root / "data", tmp_path / "data")
-    return shutil.copytree(root / "half", tmp_path / "half")
+# What happens to a copy of the small world before a command that must refuse it.
 
-def one_line(capture):
-    """The only line on stderr."""
-    err = capture.readouterr().err
-    assert re.fullmatch(r"error: [^\n]+\n", err), err
-    return err
+def write(name, content):
+    return lambda world: (world / name).write_bytes(content)
 
-def check_refused(capture, root, line, *words, **places):
-    """Exit status 2, one line that names the thing, and no file changed or made."""
-    before = tree(root)
-    capture.readouterr()
-    assert run(line, root=root, **places) == 2
-    err = one_line(capture)
-    for word in words:
-        assert word.format(root=root, **places) in err
-    after = tree(root)
-    shutil.rmtree(root / "new", ignore_errors=True)  # for the other tests
-    assert after == before
+def cut(name, size):
+    return lambda world: os.truncate(world / name, size)
 
-# ---- Processes that die, and several at once ----------------------------------------------------
+def remove(*names):
+    return lambda world: [shutil.rmtree(world / name) for name in names]
+
+def other_images(names):
+    """Other classes in the place of "ab"."""
+    def spoil(world):
+        shutil.rmtree(world / "data")
+        write_images(world / "data", names)
+    return spoil
+
+def deep_image(mode, suffix):
+    return lambda world: Image.new(mode, (8, 8), 500).save(world / f"data/train/a/deep.{suffix}")
+
+def pipe(name):
+    def spoil(world):
+        (world / name).unlink(missing_ok=True)
+        os.mkfifo(world / name)
+    return spoil
+
+def entries(name, **changes):
+    return lambda world: change_json(world / name, changes)
+
+def shape_file(**changes):
+    return write("shape.json", json.dumps(GOOD | changes).encode())
+
+def state(name, change):
+    return lambda world: change_state(world / name, change)
+
+def momentum(change):
+    """Of the first parameter, whose buffer a fused optimiser would write past the end of."""
+    def spoil(state):
+        buffers = state["parts"]["optimizer"]["state"][0]
+        buffers["momentum_buffer"] = change(buffers["momentum_buffer"])
+    return lambda world: change_state(world / "half/last.ckpt", spoil)
+
+def exchange_shape(world):
+    shutil.rmtree(world / "runs/pruned")
+    tas.Shape.load(world / "runs/search").full.save(world / "runs/search/shape.json")
+
+def other_world_size(world):
+    info = tas.read_json(world / "half/run.json")
+    change_json(world / "half/run.json", {"settings": info["settings"] | {"world": 2}})
+
+WHOLE = TRAIN + " --out {root}/whole"
+EVAL = f"eval {CHEAP} --data-dir {{root}}/data {{root}}/"
+FROM_SHAPE = f"train {ONE} --shape {{root}}/shape.json"
+SPOILED = [
+    # Images that are missing, cannot be read, or would be read as others.
+    (remove("data"), NEW, ["{root}/data/train"]),
+    (lambda world: [shutil.rmtree(world / "data"), (world / "data").mkdir()], NEW,
+     ["{root}/data/train"]),
+    (remove("data/train"), NEW, ["{root}/data/train"]),
+    (lambda world: [shutil.rmtree(world / "data/train"), (world / "data/train").touch()], NEW,
+     ["{root}/data/train"]),
+    (remove("data/val"), NEW, ["{root}/data", "val/", "tools/split.py"]),
+    (remove("data/train/b", "data/val/b"), NEW, ["one class"]),
+    (lambda world: [path.unlink() for path in (world / "data/train/b").iterdir()], NEW,
+     ["{root}/data/train", "b"]),
+    (lambda world: (world / "data/val/b").rename(world / "data/val/zebra"), NEW, ["b, zebra"]),
+    (write("data/train/b/3.png", b"no image"), NEW, ["{root}/data/train/b/3.png"]),
+    (cut("data/train/b/3.png", 60), NEW, ["{root}/data/train/b/3.png"]),
+    (cut("data/train/b/3.png", 60), NEW + " --workers 2", ["{root}/data/train/b/3.png"]),
+    (lambda world: cut_jpeg(world / "data/val/a/cut.jpeg"), NEW + " --workers 2",
+     ["{root}/data/val/a/cut.jpeg"]),
+    *[(deep_image(mode, suffix), NEW, [f"deep.{suffix}", f"mode {mode}"])
+      for mode, suffix in (("I;16", "png"), ("F", "tif"), ("I", "tif"))],
+    *[(lambda world, to=to: (world / "data/train/a/loop").symlink_to(to), NEW, ["train/a/loop"])
+      for to in (".", "..", "../b")],
+    (pipe("data/train/a/x.png"), NEW, ["x.png"]),
+    # Images of another run.
+    *[(lambda world: Image.new("RGB", (8, 8), (1, 2, 3)).save(world / "data/train/a/0.png"), line,
+       ["fingerprint was "]) for line in (HALF, WHOLE)],
+    (other_images(["dog", "emu"]), WHOLE, ["fingerprint was "]),
+    (other_images(["dog", "emu"]), EVAL + "whole", ["['a', 'b']", "['dog', 'emu']"]),
+    (other_images("abc"), NEW + " --teacher {root}/runs/teacher", ["2", "3", "classes"]),
+    (other_images("abc"), EVAL + "runs/pruned", ["2", "3", "classes"]),
+    # Shapes.
+    (shape_file(stem=1000), FROM_SHAPE, ["{root}/shape.json", "stem", "1000"]),
+    (shape_file(num_classes=3), FROM_SHAPE, ["{root}/shape.json", "num_classes 3", "2"]),
+    (shape_file(extra=1), FROM_SHAPE, ["{root}/shape.json", "extra"]),
+    (write("shape.json", b""), FROM_SHAPE, ["{root}/shape.json"]),
+    (pipe("shape.json"), FROM_SHAPE, ["{root}/shape.json"]),
+    *[(exchange_shape, line, ["{root}/runs/search", "the search"])
+      for line in (PRUNE + " --out {root}/runs", DISTIL + " --out {root}/new")],
+    # Files of a run.
+    *[(write("half/run.json", content), HALF, ["{root}/half/run.json"]) for content in (
+        b"", b"{", b"[]", b"{}", b'{"settings": []}', b'{"settings": null}')],
+    (entries("half/run.json", settings={}), HALF, ["{root}/half/run.json"]),
+    (other_world_size, HALF, ["world was 2, now 1"]),
+    (write("runs/search/run.json", b"[]"), GUIDED + " --out {root}/new",
+     ["{root}/runs/search/run.json"]),
+    (state("runs/teacher/weights.pt", lambda state: state["bn1.running_mean"].add_(1)),
+     PRUNE + " --out {root}/runs", ["teacher was "]),
+    (cut("half/last.ckpt", 100_000), HALF, ["{root}/half/last.ckpt", "delete it"]),
+    (cut("half/last.ckpt", 0), HALF, ["{root}/half/last.ckpt", "delete it"]),
+    (write("half/last.ckpt", b"hello"), HALF, ["{root}/half/last.ckpt", "delete it"]),
+    (pipe("half/last.ckpt"), HALF, ["{root}/half/last.ckpt", "delete it"]),
+    (lambda world: torch.save([1, 2], world / "half/last.ckpt"), HALF,
+     ["{root}/half/last.ckpt", "delete it"]),
+    (lambda world: shutil.copy(world / "runs/search/last.ckpt", world / "half/last.ckpt"), HALF,
+     ["{root}/half/last.ckpt", "other settings"]),
+    *[(state("half/last.ckpt", lambda state, name=name: state.pop(name)), HALF,
+       ["{root}/half/last.ckpt", "--out"]) for name in ("parts", "metrics", "settings", "rng")],
+    (state("half/last.ckpt", lambda state: state["parts"]["net"].popitem()), HALF,
+     ["{root}/half/last.ckpt", "--out"]),
+    *[(momentum(change), HALF, ["{root}/half/last.ckpt", "--out"]) for change in (
+        lambda t: t[:1], lambda t: t.double(), lambda t: t.new_zeros(1),
+        lambda t: t.new_zeros(t.numel() * 2)[::2].view(t.shape))]]
+
+@pytest.mark.parametrize("spoil, line, words", SPOILED)
+def test_spoiled_files_are_refused(world, capfd, spoil, line, words):
+    spoil(world)
+    check_refused(capfd, world, line, *words)
+
+@pytest.mark.parametrize("spoil, workers, name", [
+    (cut("data/train/b/3.png", 60), 0, "train/b/3.png"),
+    (lambda world: cut_jpeg(world / "data/val/a/cut.jpeg"), 2, "val/a/cut.jpeg")])
+def test_unreadable_large_images_are_named(tmp_path, capfd, spoil, workers, name):
+    """When it is their turn, so that a run directory has been made."""
+    write_images(tmp_path / "data", size=80)
+    spoil(tmp_path)
+    before = tree(tmp_path / "data")
+    line = f"train {ONE} --arch resnet18 --image-size 72 --workers {workers}"
+    assert run(line, root=tmp_path) == 2
+    assert f"{tmp_path}/data/{name}" in one_line(capfd)
+    assert tree(tmp_path / "data") == before
+    assert not (tmp_path / "new" / "weights.pt").exists()
+
+class Evil:
+    """A pickle of it makes a directory when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+@pytest.mark.parametrize("name, line", [
+    ("half/last.ckpt", HALF), ("whole/weights.pt", "eval --data synthetic {root}/whole"),
+    ("whole/weights.pt", NEW + " --teacher {root}/whole")])
+def test_a_pickle_is_not_executed(world, tmp_path, capfd, name, line):
+    torch.save({"settings": Evil(tmp_path / "executed")}, world / name)
+    check_refused(capfd, world, line, "{root}/" + name)
+    assert not (tmp_path / "executed").exists()
+    torch.load(world / name, weights_only=False)
+    assert (tmp_path / "executed").exists()  # the file is as dangerous as it should be
+
+@pytest.mark.parametrize("result", [[], "done", {}, {"accuracy": "high"}, {"accuracy": None}])
+def test_a_damaged_result_is_made_anew(root, world, capfd, result):
+    """From the checkpoint, which is whole; without one it is refused."""
+    half = world / "half"
+    change_json(half / "run.json", {"result": result})
+    (half / "last.ckpt").rename(half / "checkpoint")
+    check_refused(capfd, world, HALF, "{root}/half/run.json")
+    (half / "checkpoint").rename(half / "last.ckpt")
+    assert run(HALF, root=world) == 0
+    check_same_run(half, root / "whole")
+
+@pytest.mark.parametrize("part, change, lost", [
+    ("teacher", {"result": None}, []), ("teacher", b"{", []), ("search", {"result": None}, []),
+    ("search", {"settings": None}, ["search"])])
+def test_a_damaged_run_file_of_a_part(root, world, part, change, lost):
+    """What came from a teacher or a shape of a damaged run lacks that entry alone."""
+    change_json(world / "runs" / part / "run.json", change)
+    assert run(GUIDED + " --out {root}/new", root=world) == 0
+    expected = read_result(root / "runs/pruned")
+    for name in lost:
+        assert expected[name] is not None
+        expected[name] = None
+    assert read_result(world / "new") == expected
+
+def damage(directory, kind, name, other, at, noise):
+    """Damage one file of a run directory, or exchange two. Returns the names."""
+    path = directory / name
+    content = path.read_bytes()
+    at = int(at * len(content))
+    if kind == "swap":
+        path.write_bytes((directory / other).read_bytes())
+        (directory / other).write_bytes(content)
+        return {name, other}
+    path.write_bytes(content[:at])
+    if kind == "noise":
+        path.write_bytes(content[:at] + noise + content[at + len(noise):])
+    return {name}
+
+def check_outcome(capture, status, kind, damaged, wanted):
+    """Status 2 and one line, or 0 and the wanted words. It is 0 where no file that is read was
+    damaged, 2 where one was cut or exchanged; noise may or may not matter."""
+    captured = capture.readouterr()
+    assert status in ([0, 2] if damaged and kind == "noise" else [2] if damaged else [0]), captured
+    if status:
+        assert re.fullmatch(r"error: [^\n]+\n", captured.err), captured.err
+    else:
+        assert captured.err == "" and wanted in captured.out, captured
+
+@pytest.mark.parametrize("state, source, line, reads", [
+    ("half", "half", TRAIN, {"run.json", "last.ckpt"}),
+    ("whole", "whole", TRAIN, {"run.json"}),
+    ("search", "runs/search", SEARCH, {"run.json", "shape.json"})])
+def test_damaged_run_directories(root, tmp_path, capfd, state, source, line, reads):
+    """The same command refuses the directory and leaves the evidence, or ends in the result of the
+    undamaged one."""
+    ends, directory, whole = collections.Counter(), tmp_path / "run", root / "whole"
+
+    @settings(deadline=None, derandomize=True, max_examples=25, database=None,
+              phases=[Phase.explicit, Phase.generate],  # shrinking would repeat long runs
+              suppress_health_check=[HealthCheck.too_slow])
+    @given(kind=st.sampled_from(["truncate", "noise", "swap"]), at=st.floats(0, 0.99),
+           noise=st.binary(min_size=1, max_size=40), data=st.data())
+    def check(kind, at, noise, data):
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(root / source, directory)
+        names = [name for name in RESULTS if (directory / name).exists()]
+        name, other = data.draw(st.permutations(names))[:2]
+        damaged = damage(directory, kind, name, other, at, noise)
+        content = (directory / name).read_bytes()
+        capfd.readouterr()
+        status = run(line + " --quiet --out {out}", root=root, out=directory)
+        check_outcome(capfd, status, kind, damaged & reads, "next: ")
+        ends[status] += 1
+        if status == 2:
+            assert (directory / name).read_bytes() == content  # evidence is not overwritten
+        elif state == "search":
+            assert "shape.json" in damaged or tas.Shape.load(directory) == tas.Shape.load(
+                root / source)
+        else:
+            status = run(f"eval {{out}} {CHEAP} --data-dir {{root}}/data", root=root, out=directory)
+            left = damaged & {"shape.json", "weights.pt", "run.json"} if state == "whole" else {}
+            check_outcome(capfd, status, kind, left, f"{read_result(whole)['accuracy']:.2f}%")
+            assert status or identical(*[tas.load(d).state_dict() for d in (directory, whole)])
+
+    check()
+    assert min(ends[0], ends[2]) > 2, ends  # both happened
+
+def test_links_in_the_place_of_temporary_files_are_not_followed(world, monkeypatch):
+    (world / "outside").write_text("mine")
+    for name in ("run.json", "metrics.jsonl", "last.ckpt", "weights.pt"):
+        (world / f"half/{name}.tmp").unlink(missing_ok=True)
+        (world / f"half/{name}.tmp").symlink_to(world / "outside")
+    assert run(HALF, root=world) == 0
+    assert (world / "outside").read_text() == "mine"
+    monkeypatch.setattr(tas.time, "monotonic_ns", lambda: 7)
+    (world / f"x.{os.getpid()}-7.tmp").symlink_to(world / "outside")
+    with pytest.raises(tas.TASError, match="cannot write"):
+        tas.write_file(world / "x", b"theirs")
+    assert (world / "outside").read_text() == "mine"
+
+# ---- A full disk, numbers that are none, errors of the machine ----------------------------------
+
+def fill_disk(patch, nth):
+    """No file from the nth on can be flushed. Returns a list with an item for each try."""
+    tries = []
+
+    def look(descriptor):
+        tries.append(descriptor)
+        if len(tries) >= nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    spy(patch, os, "fsync", look)
+    return tries
+
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
+    tas.write_file(tmp_path / "file", b"old")
+    fill_disk(monkeypatch, 1)
+    with pytest.raises(tas.TASError, match="No space left"):
+        tas.write_file(tmp_path / "file", b"new" * 1000)
+    assert tree(tmp_path) == {tmp_path / "file": b"old"}
+
+def test_a_full_disk_at_any_moment(root, tmp_path, capfd, monkeypatch):
+    """Each file in turn is the one that does not fit; afterwards the same command goes on."""
+    line = TRAIN + " --out {tmp}/{nth}"
+    with monkeypatch.context() as patch:
+        files = fill_disk(patch, math.inf)
+        assert run(line, root=root, tmp=tmp_path, nth=0) == 0
+    assert len(files) >= 7
+    for nth in range(1, len(files) + 1):
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            fill_disk(patch, nth)
+            assert run(line, root=root, tmp=tmp_path, nth=nth) == 2
+        assert "No space left" in one_line(capfd)
+        assert not list(tmp_path.rglob("*.tmp"))
+        assert run(line, root=root, tmp=tmp_path, nth=nth) == 0
+        check_same_run(tmp_path / str(nth), root / "whole")
+
+def test_a_huge_learning_rate_stops_the_run(root, tmp_path, capfd):
+    assert run(TRAIN + " --lr 1e9 --out {tmp}/run", root=root, tmp=tmp_path) == 2
+    err = one_line(capfd)
+    assert re.search(r"epoch \d+, step \d+, .*1e\+09.*lower --lr", err), err
+    assert not (tmp_path / "run" / "weights.pt").exists()
+
+@pytest.mark.parametrize("line, call, step, value", [
+    (TRAIN, 7, 3, math.nan), (TRAIN, 8, 4, math.inf), (SEARCH, 7, 2, math.nan),
+    (SEARCH, 8, 2, math.inf), (SEARCH, 6, 1, math.nan), (GUIDED, 7, 3, math.nan)])
+def test_a_loss_that_is_not_finite_is_located(root, tmp_path, capfd, monkeypatch, line, call, step,
+                                              value):
+    """24 images, batch 6: 4 steps of training or 2 of search, of 2 losses each, in an epoch."""
+    plain, count = F.cross_entropy, itertools.count(1)
+    monkeypatch.setattr(F, "cross_entropy", lambda *a: plain(*a) * (
+        value if next(count) == call else 1))
+    assert run(line + " --out {tmp}/run", root=root, tmp=tmp_path) == 2
+    err = one_line(capfd)
+    assert f"epoch 2, step {step}," in err and "--lr 0.1" in err
+    assert len(tas.load_tensors(tmp_path / "run" / "last.ckpt")["metrics"]) == 1
+    assert len(read_metrics(tmp_path / "run")) == 1
+    assert not (tmp_path / "run" / "shape.json").exists()
+
+@pytest.mark.parametrize("error, word", [
+    (OSError(24, "Too many open files"), "Too many open files"),
+    (PermissionError(13, "Permission denied", "/x"), "/x"), (MemoryError(), "--batch-size"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "DataLoader worker")])
+def test_errors_of_the_machine_are_one_line(root, capfd, monkeypatch, error, word):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(tas, "evaluate", fail)
+    assert run(EVAL + "whole", root=root) == 2
+    assert word in one_line(capfd)
+
+# ---- Interruptions ------------------------------------------------------------------------------
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -1559,8 +2093,6 @@ def fork(event, number, line, out, world=1):
     seen = [torch.load(path) for path in sorted(out.glob("seen*"))]
     return [process.exitcode for process in processes], seen
 
-# ---- Interruptions ------------------------------------------------------------------------------
-
 def test_killed_at_random_moments(root, tmp_path):
     """kill -9 in calls drawn from all that an uninterrupted run makes."""
     line, rng = PRUNE.format(root=root) + f" --out {tmp_path}/runs", random.Random(4)
@@ -1602,15 +2134,14 @@ def test_interrupted_at_every_epoch_and_in_every_file(root, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_with_a_hint(root, tmp_path, monkeypatch, capfd, how):
-    plain, count = tas.take_step, itertools.count(1)
+    count = itertools.count(1)
 
-    def step(*inputs):
+    def look(*_):
         if next(count) == 6:  # in the second epoch
             os.kill(os.getpid(), how)
-        return plain(*inputs)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
-    monkeypatch.setattr(tas, "take_step", step)
+    spy(monkeypatch, tas, "take_step", look)
     assert run(TRAIN + " --out {tmp}/run", root=root, tmp=tmp_path) == 130
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and "same command" in err
@@ -1637,24 +2168,21 @@ def test_large_images_do_not_depend_on_workers_or_interruptions(tmp_path, monkey
     assert run(line, tmp=tmp_path, n=1) == 0
     check_same_run(tmp_path / "0", tmp_path / "1")
 
-def test_the_halves_of_the_search_do_not_mix(tmp_path, monkeypatch):
-    """Large images, whose split was used before: the batches come from either half in turn."""
-    write_images(tmp_path / "data", "abc", train=8, size=66)
-    data = tas.load_data("imagenet", f"{tmp_path}/data", 66, torch.device("cpu"), 0)
-    assert len(list(data.train.batches(torch.arange(24), 4, True))) == 6
-    pickle.dumps(data.train)  # as for worker processes that are not forks
-    seen, plain = [], tas.LargeImages.__getitem__
-    monkeypatch.setattr(tas.LargeImages, "__getitem__", lambda self, item: seen.append(
-        item[0]) or plain(self, item))
-    assert run("search --data imagenet --data-dir {tmp}/data --image-size 66 --arch resnet18 "
-               "--epochs 2 --batch-size 4 --precision fp32 --workers 0 --out {tmp}/run",
-               tmp=tmp_path) == 0
-    halves = [set(half.tolist()) for half in tas.split_halves(data.train.labels, 0)]
-    assert len(seen) == 48
-    for start in range(0, 48, 4):
-        assert set(seen[start:start + 4]) < halves[start // 4 % 2]
+# ---- Several processes --------------------------------------------------------------------------
 
-# ---- Many processes -----------------------------------------------------------------------------
+def start(line, *python, **options):
+    """Start a command as a process of its own."""
+    line = [sys.executable, *(python or [tas.__file__]), *line.split()]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(line, text=True, cwd=HERE, **options)
+
+def finish(process):
+    """Exit status, output and error output of a process."""
+    try:
+        out, err = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    return process.returncode, out, err
 
 def test_two_processes_agree(root, tmp_path):
     runs, out = tmp_path / "runs", tmp_path / "out"
@@ -1688,46 +2216,207 @@ def test_a_dead_process_ends_the_run(root, tmp_path):
     assert len(tas.load_tensors(tmp_path / "run" / "last.ckpt")["metrics"]) == 1
     assert not (tmp_path / "run" / "weights.pt").exists()
 
-def test_a_batch_that_processes_cannot_share(root, capfd, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    check_refused(capfd, root, f"train {ONE} --arch resnet20", "--batch-size 6", "4 processes")
+def test_processes_whose_launcher_is_gone_stop(root, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(tas, "average_over_processes", lambda *_: None)
+    monkeypatch.setattr(tas.Run, "resume", lambda run, _: setattr(run.args, "world", 2) or [])
+    numbers = itertools.count()
+    monkeypatch.setattr(tas.os, "getppid", lambda: next(numbers))
+    assert run(TRAIN + " --out {tmp}/run", root=root, tmp=tmp_path) == 2
+    assert "launcher" in one_line(capfd)
 
-# ---- Settings -----------------------------------------------------------------------------------
+def test_two_commands_in_one_directory(world, capfd):
+    lock = tas.lock_directory(world / "half")
+    check_refused(capfd, world, HALF, f"in use by process {os.getpid()}")
+    lock.close()  # as the end of a process does
+    assert run(HALF, root=world) == 0
 
-TRAIN_CHANGES = ["--epochs 9", "--lr 0.2", "--seed 4 --lr 0.3", "--batch-size 4", "--image-size 9",
-                 "--weight-decay 0.01", "--precision bf16"]
-SEARCH_CHANGES = ["--flops 0.6", "--tolerance 0.1", "--num-samples 3", "--sampler softmax",
-                  "--align pad", "--round 2", "--arch-lr 0.01", "--search width", "--method random",
-                  "--cost-weight 1.0", "--tau-start 5.0", "--tau-end 1.0"]
-DISTIL_CHANGES = ["--transfer init", "--transfer none", "--teacher {root}/other", "--kd-weight 0.5",
-                  "--kd-temperature 2.0", "--shape {root}/whole"]
+# ---- What the commands leave --------------------------------------------------------------------
 
-@pytest.mark.parametrize("line, flags, where", [
-    *[(TRAIN, flags, where) for flags in TRAIN_CHANGES for where in ("half", "whole")],
-    *[(SEARCH, flags, "runs/search") for flags in SEARCH_CHANGES],
-    *[(GUIDED, flags, "runs/pruned") for flags in DISTIL_CHANGES]])
-def test_other_settings_are_refused(root, capfd, line, flags, where):
-    """All that differ are named, with both values."""
-    names = []
-    for flag, value in re.findall(r"--(\S+) (\S+)", flags):
-        name = {"flops": "target"}.get(flag, flag.replace("-", "_"))
-        names += [f"{name} was ", "now " if name in ("target", "teacher", "shape") else
-                  f"now {value}"]
-    check_refused(capfd, root, f"{line} {flags} --out {{root}}/{where}", "--out", *names)
+def test_prune_leaves_three_runs(root):
+    shape = tas.Shape.load(root / "runs" / "search" / "shape.json")
+    assert tas.Shape.load(root / "runs" / "search") == shape
+    assert abs(macs_share(root / "runs" / "search") - 0.5) <= 0.025
+    for name, files in (("teacher", RESULTS), ("search", RESULTS[:4]), ("pruned", RESULTS)):
+        assert sorted(p.name for p in (root / "runs" / name).glob("[!.]*")) == sorted(files)
+        net = tas.ResNet(shape)
+        if name != "search":
+            net = tas.load(root / "runs" / name)
+            assert net.shape == (shape.full if name == "teacher" else shape) and not net.training
+        info = tas.read_json(root / "runs" / name / "run.json")
+        assert info["command"].startswith("python tas.py prune --data folder")
+        assert info["settings"]["seed"] == 0 and info["versions"]["torch"] == torch.__version__
+        assert info["precision"] == "fp32" and "threads" in info["machine"]
+        assert info["result"]["full_macs"] == tas.count_macs(shape.full)
+        assert info["result"]["macs"] == tas.count_macs(net.shape)
+        assert info["result"]["params"] == sum(p.numel() for p in net.parameters())
+    above, result = [read_result(root / "runs" / name) for name in ("teacher", "pruned")]
+    assert result["teacher_accuracy"] == above["accuracy"] and result["classes"] == ["a", "b"]
+    assert result["search"]["method"] == "tas" and result["search"]["num_samples"] == 2
+    assert above["search"] is None and above["teacher_accuracy"] is None
 
-def test_every_setting_is_compared(tmp_path, half, capfd):
-    """A run that does not record one is another run."""
-    info = tas.read_json(half / "run.json")
-    for name in info["settings"]:
-        settings = {key: value for key, value in info["settings"].items() if key != name}
-        change_json(half / "run.json", {"settings": settings})
-        check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", f"{name} was not recorded")
+@pytest.mark.parametrize("flags, epochs", [
+    ("--epochs 1 --transfer none", {"search": 1, "pruned": 1}),
+    ("--epochs 1 --teacher {root}/runs/teacher --quiet", {"search": 1, "pruned": 1}),
+    ("--epochs 1 --transfer init --method random", {"teacher": 1, "search": 0, "pruned": 1}),
+    ("--epochs 1 --init {root}/other", {"teacher": 1, "search": 1, "pruned": 1}),
+    ("--epochs 3 --search-epochs 2", {"teacher": 3, "search": 2, "pruned": 3}),
+    ("--epochs 2 --teacher-epochs 1", {"teacher": 1, "search": 2, "pruned": 2}),
+    ("--epochs 1 --search-epochs 2 --teacher-epochs 3", {"teacher": 3, "search": 2, "pruned": 1})])
+def test_prune_makes_what_it_needs(root, tmp_path, capsys, flags, epochs):
+    """So many epochs of each part, and only the teacher starts from other weights."""
+    line = PRUNE.replace("--epochs 3", flags) + " --out {tmp}"
+    assert run(line, root=root, tmp=tmp_path) == 0
+    made = {path.name: path for path in tmp_path.iterdir()}
+    assert made.keys() == epochs.keys()
+    for name, path in made.items():
+        assert len(read_metrics(path)) == epochs[name]
+        begins_anew = "--init" not in flags or name != "teacher"
+        start = None if begins_anew else tas.checksum(tas.load(root / "other"))
+        assert tas.read_json(path / "run.json")["settings"].get("init") == start
+    out = capsys.readouterr().out
+    assert out.count("next: ") == 1
+    assert bool(re.search(r"^\w+ 1/\d: ", out, re.M)) == ("--quiet" not in flags)
 
-def test_what_does_not_change_the_result_is_no_other_setting(root, tmp_path, half, capsys):
+@pytest.mark.parametrize("name", ["teacher", "pruned"])
+def test_eval_gives_the_accuracy_of_the_run(root, capsys, name):
+    """And so do the weights, loaded without this program's help, image by image."""
+    path = root / "runs" / name
+    accuracy = read_result(path)["accuracy"]
+    assert run(f"eval {path} --data folder --data-dir {root}/data --workers 0") == 0
+    assert f"accuracy {accuracy:.2f}% on 8 images" in capsys.readouterr().out
+    assert read_metrics(path)[-1]["test_accuracy"] == accuracy
+    net, right = tas.ResNet(tas.Shape.load(path / "shape.json")), 0
+    net.load_state_dict(torch.load(path / "weights.pt", weights_only=True))
+    net.eval()
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    for label, folder in enumerate("ab"):
+        for file in (root / "data" / "val" / folder).iterdir():
+            pixels = (np.asarray(Image.open(file)) / 255 - mean) / std
+            x = torch.tensor(pixels).permute(2, 0, 1)[None].float()
+            assert torch.equal(net(x), tas.load(path)(x))
+            right += int(net(x).argmax()) == label
+    assert accuracy == 100 * right / 8
+
+def test_top_5_of_many_classes(tmp_path, monkeypatch, capsys):
+    """Of more than 100, for which 6 stand here."""
+    monkeypatch.setattr(tas, "TOP5_CLASSES", 5)
+    write_images(tmp_path / "data", "abcdef", train=4, val=3)
+    assert run(TRAIN + " --out {root}/run", root=tmp_path) == 0
+    top5 = read_metrics(tmp_path / "run")[-1]["test_top5"]
+    assert read_result(tmp_path / "run")["top5"] == top5 < 100
+    assert run(EVAL + "run", root=tmp_path) == 0
+    assert f"(top-5 {top5:.2f}%)" in capsys.readouterr().out
+
+def test_photographs(tmp_path):
+    make_photographs(tmp_path / "data")
+    assert run("prune --data imagenet --data-dir {tmp}/data --arch resnet18 --image-size 72 "
+               "--epochs 1 --batch-size 8 --workers 1 --flops 0.5 --search width --precision bf16 "
+               "--out {tmp}/runs", tmp=tmp_path) == 0
+    assert abs(macs_share(tmp_path / "runs" / "pruned") - 0.5) <= 0.025
+    assert tas.load(tmp_path / "runs" / "pruned")(torch.zeros(1, 3, 72, 72)).shape == (1, 2)
+    for part in ("teacher", "search", "pruned"):
+        assert [line["epoch"] for line in read_metrics(tmp_path / "runs" / part)] == [1]
+        kept = tas.read_json(tmp_path / "runs" / part / "run.json")["settings"]
+        assert kept["weight_decay"] == 1e-4 and kept["images"] == "16 + 6 images, 2 classes"
+
+def test_a_network_without_a_shape_knows_no_search(root, tmp_path, monkeypatch):
+    """Even when it is trained in a directory that has a run.json."""
+    monkeypatch.chdir(root / "runs" / "search")
+    assert run(TRAIN + " --epochs 1 --out {tmp}/run", root=root, tmp=tmp_path) == 0
+    assert read_result(tmp_path / "run")["search"] is None
+
+def test_load_of_a_shape_file(tmp_path):
+    (tmp_path / "shape.json").write_text(json.dumps(GOOD))
+    net = tas.load(tmp_path / "shape.json")
+    assert not net.training and net(torch.zeros(2, 3, 8, 8)).shape == (2, 2)
+
+def test_training_goes_on_from_weights(root, tmp_path, monkeypatch):
+    """A pruned network keeps its shape; with other classes it has a new classifier."""
+    seen = []
+    spy(monkeypatch, tas, "train", lambda run, data, net, teacher: seen.append(
+        copy.deepcopy(net.state_dict())))
+    write_images(tmp_path / "data", "abc")
+    for i, (part, place) in enumerate(itertools.product(("teacher", "pruned"), (root, tmp_path))):
+        line = f"train {CHEAP} --data-dir {place}/data --epochs 1 --init {root}/runs/{part}"
+        assert run(f"{line} --out {tmp_path}/{i}") == 0
+        source = tas.load(root / "runs" / part)
+        assert tas.load(tmp_path / str(i)).shape.stages == source.shape.stages
+        other = [name for name, tensor in source.state_dict().items()
+                 if not identical(tensor, seen[-1][name])]
+        assert other == (["fc.weight", "fc.bias"] if place == tmp_path else [])
+    assert run(TRAIN + " --epochs 1 --out {tmp}/new", root=root, tmp=tmp_path) == 0
+    assert len(seen) == 5 and not identical(seen[-1], seen[0])
+
+@pytest.mark.parametrize("switch, share", [
+    ("", 0.5), ("--flops 0.9", 0.9), ("--flops 1.4M", 1.4e6 / 2550912), ("--search width", 0.5),
+    ("--search depth --flops 0.65", 0.65), ("--round 8", 0.5), ("--method random", 0.5),
+    ("--method uniform", 0.5), ("--method random --search width --round 4", 0.5),
+    ("--method uniform --round 2", 0.5)])
+def test_the_shape_is_what_the_switches_say(root, tmp_path, switch, share):
+    assert run(f"{SEARCH} {switch} --out {{tmp}}/run", root=root, tmp=tmp_path) == 0
+    assert abs(macs_share(tmp_path / "run") / share - 1) <= 0.05 + 1e-6
+    shape = tas.Shape.load(tmp_path / "run" / "shape.json")
+    if "--search width" in switch or "uniform" in switch:
+        assert list(map(len, shape.stages)) == [3, 3, 3]
+    if "--search depth" in switch:
+        assert {c for widths in shape.stages[2] for c in widths} == {64} and shape.stem == 16
+    multiple = int((switch + " --round 1").split("--round ")[1].split()[0])
+    assert [c % multiple for c in shape.convs] == [0] * len(shape.convs)
+    if "uniform" in switch:
+        assert len({*shape.convs[:7]}) == 1 and shape.stem < shape.stages[2][0][0] < 64
+    assert (tmp_path / "run" / "metrics.jsonl").exists() == ("--method" not in switch)
+
+def test_random_sizes_follow_the_seed_and_the_tolerance_is_kept(root, tmp_path):
+    flags = {"0": "", "again": "", "1": "--seed 1", "close": "--tolerance 0.004"}
+    for name, flag in flags.items():
+        assert run(f"{SEARCH} --method random {flag} --out {tmp_path}/{name}", root=root) == 0
+    shapes = [tas.Shape.load(tmp_path / name) for name in ("0", "again", "1")]
+    assert shapes[0] == shapes[1] != shapes[2]
+    close, other = (abs(macs_share(tmp_path / name) - 0.5) for name in ("close", "0"))
+    assert close <= 0.002 < other
+
+def test_a_search_under_another_cost(root, tmp_path, capfd):
+    space = tas.Space("resnet20", 2, 8)
+    cost = write_costs(tmp_path / "cost.json", space, 1)
+    full = slow_cost(space, cost, space.full)
+    line = SEARCH + " --cost {tmp}/cost.json --out {tmp}/"
+    for name, budget, target in (("share", "0.7", 0.7 * full),
+                                 ("unit", f"{0.8 * full:.3f}mJ", 0.8 * full)):
+        assert run(f"{line}{name} --budget {budget}", root=root, tmp=tmp_path) == 0
+        found = slow_cost(space, cost, tas.Shape.load(tmp_path / name))
+        assert abs(found / target - 1) <= 0.05
+        assert f"{found:.4g} mJ, target {target:.4g} mJ" in capfd.readouterr().out
+        info = tas.read_json(tmp_path / name / "run.json")
+        assert info["settings"]["unit"] == "mJ" and info["result"]["cost"] == pytest.approx(found)
+        last = read_metrics(tmp_path / name)[-1]
+        assert min(cost[-1][0][0], 10) < last["argmax_macs"] < 2 * full
+    write_costs(tmp_path / "cost.json", space, 2)
+    check_refused(capfd, root, f"{line}share --budget 0.7", "cost was", tmp=tmp_path)
+    for flags, word in (("--budget 2", "--flops 2"), ("--budget 3kg", "3kg"),
+                        ("--budget 0.7 --method uniform", "uniform"),
+                        ("--budget 0.0001", "possible are")):
+        check_refused(capfd, root, f"{line}x {flags}", word, tmp=tmp_path)
+
+def test_the_halves_of_the_search_do_not_mix(tmp_path, monkeypatch):
+    """Large images, whose split was used before: the batches come from either half in turn."""
+    write_images(tmp_path / "data", "abc", train=8, size=66)
+    data = tas.load_data("imagenet", f"{tmp_path}/data", 66, torch.device("cpu"), 0)
+    assert len(list(data.train.batches(torch.arange(24), 4, True))) == 6
+    pickle.dumps(data.train)  # as for worker processes that are not forks
+    seen = []
+    spy(monkeypatch, tas.LargeImages, "__getitem__", lambda split, item: seen.append(item[0]))
+    assert run("search --data imagenet --data-dir {tmp}/data --image-size 66 --arch resnet18 "
+               "--epochs 2 --batch-size 4 --precision fp32 --workers 0 --out {tmp}/run",
+               tmp=tmp_path) == 0
+    halves = [set(half.tolist()) for half in tas.split_halves(data.train.labels, 0)]
+    assert len(seen) == 48
+    for start in range(0, 48, 4):
+        assert set(seen[start:start + 4]) < halves[start // 4 % 2]
+
+def test_what_does_not_change_the_result_is_no_other_setting(root, world, capsys):
     capsys.readouterr()
-    line = TRAIN + " --workers 1 --quiet --device cpu --out {root}/half"
-    assert run(line, root=tmp_path) == 0
-    check_same_run(half, root / "whole")
+    assert run(HALF + " --workers 1 --quiet --device cpu", root=world) == 0
+    check_same_run(world / "half", root / "whole")
     assert "half 2/2" not in capsys.readouterr().out
 
 @pytest.mark.parametrize("native, requested, expected", [
@@ -1760,646 +2449,15 @@ def test_a_run_keeps_its_precision(root, tmp_path, monkeypatch):
     assert run(SEARCH + " --precision bf16 --out {tmp}/search", root=root, tmp=tmp_path) == 0
     for found, in_fp32 in (("run", "whole"), ("search", "runs/search")):
         assert read_metrics(tmp_path / found) != read_metrics(root / in_fp32)
-    seen, plain = [], tas.evaluate
+    seen = []
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # nothing is native
-    monkeypatch.setattr(tas, "evaluate", lambda net, split, args: seen.append(
-        args.precision) or plain(net, split, args))
+    spy(monkeypatch, tas, "evaluate", lambda net, split, args: seen.append(args.precision))
     for precision in ("auto", "fp32"):
         assert run(f"eval {{tmp}}/run {CHEAP} --data-dir {{root}}/data --precision {precision}",
                    root=root, tmp=tmp_path) == 0
     assert seen == ["bf16", "fp32"]
 
-# ---- Bad input ----------------------------------------------------------------------------------
-
-WRONG_TRAIN = {
-    "--epochs": "-3 0 two", "--batch-size": "0 25", "--lr": "nan -1 inf", "--seed": "-1",
-    "--workers": "-2", "--image-size": "7", "--precision": "fp8", "--weight-decay": "2",
-    "--transfer": "copy", "--device": "nonsense cuda:99 meta", "--arch": "resnt56",
-    "--data": "cifar11", "--wrong": "3", "--flops": "0.5"}
-WRONG_SEARCH = {
-    "--flops": "0 1.5 abc nan inf -0.5 900G M", "--num-samples": "9 0", "--search": "all",
-    "--method": "grid", "--sampler": "hard", "--align": "crop", "--round": "0", "--tolerance": "0",
-    "--arch-lr": "nan", "--batch-size": "13", "--teacher": "x"}
-OUT_OF_REACH = [
-    ("--method random --search depth --flops 0.01", ["possible are"]),
-    ("--method uniform --flops 0.0004", ["--flops"]),
-    ("--method uniform --search depth", ["uniform", "--search"]),
-    ("--method tas --search depth --flops 0.01", ["possible are"])]
-WRONG_PRUNE = [  # before the first step
-    ("--flops 50", ["--flops 50"]), ("--search depth --flops 0.01", ["possible are"]),
-    ("--batch-size 13", ["half of the search"]), ("--teacher {root}/nowhere", ["{root}/nowhere"]),
-    ("--teacher {root}/runs/pruned", ["pruned network"])]
-WRONG_PLACES = [
-    ("--arch resnet32 --shape {root}/runs/search/shape.json", ["resnet20", "resnet32"]),
-    ("--shape {root}/nowhere.json", ["{root}/nowhere.json"]),
-    ("--shape {root}/runs", ["{root}/runs"]),
-    ("--shape {root}/runs/search/shape.json --image-size 16", ["image_size 8", "16"]),
-    ("--arch resnet20 --transfer kd", ["--transfer kd", "--teacher"]),
-    ("--arch resnet20 --transfer init", ["--transfer init", "--teacher"]),
-    ("--arch resnet32 --teacher {root}/runs/teacher", ["resnet20", "resnet32"]),
-    ("--arch resnet20 --teacher {root}/runs/search", ["{root}/runs/search", "weights.pt"]),
-    ("--arch resnet20 --teacher {root}/half", ["{root}/half", "weights.pt"]),
-    ("--arch resnet20 --teacher {root}/nowhere", ["{root}/nowhere"]),
-    ("--arch resnet20 --teacher {root}/runs/search/shape.json", ["shape.json", "weights.pt"]),
-    ("--arch resnet20 --teacher {root}/runs/pruned", ["{root}/runs/pruned", "pruned network"]),
-    ("--arch resnet20 --out {root}/half/run.json", ["{root}/half/run.json", "--out"]),
-    ("--arch resnet20 --out {root}/half/run.json/new", ["{root}/half/run.json/new", "--out"]),
-    ("--arch resnet20 --out {root}/data", ["{root}/data", "--out"]),
-    ("--arch resnet20 --out /proc/nowhere", ["/proc/nowhere", "--out"])]
-NO_NETWORKS = ["nowhere", "half", "runs/search", "runs/search/shape.json"]
-
-@pytest.mark.parametrize("line, words", [
-    ("train --arch vgg " + ONE, ["vgg", "resnet56"]), ("train " + ONE, ["--arch"]),
-    ("search " + ONE, ["--arch"]), ("train --arch resnet20 --epochs 1", ["--data"]),
-    ("trian --arch resnet20 " + ONE, ["trian", "train"]), ("", ["COMMAND"]),
-    ("train --data synthetic --image-size 16 --arch resnet20", ["--image-size"]),
-    ("eval --data synthetic --epochs 3 DIR", ["--epochs"]),
-    ("eval --data synthetic {root}/whole", ["--image-size"]),
-    *[(f"{command} --arch resnet20 {ONE} {flag} {value}", [flag, value])
-      for command, flags in (("train", WRONG_TRAIN), ("search", WRONG_SEARCH))
-      for flag, values in flags.items() for value in values.split()],
-    *[(f"train {ONE} {flags}", words) for flags, words in WRONG_PLACES],
-    *[(f"search --arch resnet20 {ONE} {flags}", words) for flags, words in OUT_OF_REACH],
-    *[(f"prune --arch resnet20 {ONE} {flags}", words) for flags, words in WRONG_PRUNE],
-    *[(f"eval {{root}}/{name} --data folder --data-dir {{root}}/data", ["{root}/" + name])
-      for name in NO_NETWORKS]])
-def test_wrong_flags(root, capfd, line, words):
-    check_refused(capfd, root, line, *words)
-
-def cut_jpeg(path):
-    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path, quality=95)
-    path.write_bytes(path.read_bytes()[:3000])
-
-def remove_images(folder):
-    for path in folder.iterdir():
-        path.unlink()
-
-MISTAKES = {  # in a directory of data
-    "missing": shutil.rmtree, "no train": lambda base: shutil.rmtree(base / "train"),
-    "no val": lambda base: shutil.rmtree(base / "val"),
-    "empty": lambda base: [shutil.rmtree(base), base.mkdir()],
-    "one class": lambda base: [shutil.rmtree(base / part / "b") for part in ("train", "val")],
-    "class without images": lambda base: remove_images(base / "train" / "b"),
-    "classes differ": lambda base: (base / "val" / "b").rename(base / "val" / "zebra"),
-    "train is a file": lambda base: [shutil.rmtree(base / "train"), (base / "train").touch()],
-    "text": lambda base: (base / "train" / "b" / "3.png").write_text("no image"),
-    "png": lambda base: os.truncate(base / "train" / "b" / "3.png", 60),
-    "jpeg": lambda base: cut_jpeg(base / "val" / "a" / "cut.jpeg")}
-SMALL, LARGE = "--arch resnet20", "--arch resnet18 --image-size 72"
-
-@pytest.mark.parametrize("mistake, line, words", [
-    ("missing", SMALL, ["{base}/train"]), ("empty", SMALL, ["{base}/train"]),
-    ("no train", SMALL, ["{base}/train"]), ("no val", SMALL, ["{base}", "val/", "tools/split.py"]),
-    ("one class", SMALL, ["one class"]), ("class without images", SMALL, ["{base}/train", "b"]),
-    ("classes differ", SMALL, ["b, zebra"]), ("train is a file", SMALL, ["{base}/train"]),
-    ("text", SMALL, ["{base}/train/b/3.png"]), ("png", SMALL, ["{base}/train/b/3.png"]),
-    ("png", SMALL + " --workers 2", ["{base}/train/b/3.png"]),
-    ("jpeg", SMALL + " --workers 2", ["{base}/val/a/cut.jpeg"])])
-def test_wrong_data(tmp_path, capfd, mistake, line, words):
-    write_images(tmp_path / "data")
-    MISTAKES[mistake](tmp_path / "data")
-    check_refused(capfd, tmp_path, f"train {ONE} {line}", *words, base=tmp_path / "data")
-
-@pytest.mark.parametrize("mistake, line, name", [
-    ("png", LARGE, "train/b/3.png"), ("jpeg", LARGE + " --workers 2", "val/a/cut.jpeg")])
-def test_unreadable_large_images_are_named(tmp_path, capfd, mistake, line, name):
-    """When it is their turn, so that a run directory has been made."""
-    write_images(tmp_path / "data", size=80)
-    MISTAKES[mistake](tmp_path / "data")
-    before = tree(tmp_path / "data")
-    assert run(f"train {ONE} {line}", root=tmp_path) == 2
-    assert f"{tmp_path}/data/{name}" in one_line(capfd)
-    assert tree(tmp_path / "data") == before
-    assert not (tmp_path / "new" / "weights.pt").exists()
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA"])
-def test_other_kinds_of_images_are_converted(tmp_path, mode):
-    write_images(tmp_path / "data", mode=mode)
-    for path in (tmp_path / "data").rglob("*.png"):
-        same = tmp_path / "rgb" / path.relative_to(tmp_path / "data")
-        same.parent.mkdir(parents=True, exist_ok=True)
-        Image.open(path).convert("RGB").save(same)
-    place = 8, torch.device("cpu"), 0
-    a, b = [tas.load_data("folder", f"{tmp_path}/{name}", *place) for name in ("data", "rgb")]
-    assert torch.equal(a.train.pixels, b.train.pixels) and len(a.train.pixels.unique()) > 1
-    assert torch.equal(a.test.pixels, b.test.pixels)
-
-GOOD = {"arch": "resnet20", "num_classes": 2, "image_size": 8, "stem": 9,
-        "stages": [[[9, 8]], [[20, 12], [32, 12]], [[64, 25]]]}
-
-@pytest.mark.parametrize("change, words", [
-    ({"arch": "resnet18"}, ["stages"]), ({"arch": None}, ["arch"]),
-    ({"stem": 1000}, ["stem", "1000"]), ({"stem": True}, ["stem", "True"]),
-    ({"stem": 10 ** 400}, ["stem"]), ({"stages": [[[9, 8]], [], [[64, 25]]]}, ["stages[1]"]),
-    ({"stages": [[[9, 8]], [[20, -12]], [[64, 25]]]}, ["stages[1][0][1]", "-12"]),
-    ({"num_classes": 3}, ["num_classes 3", "2"]), ({"image_size": 4}, ["image_size"]),
-    ({"extra": 1}, ["extra"]), (b"", []), (b"[]", []), (b"\xff\xfe\x00", [])])
-def test_wrong_shapes(root, tmp_path, capfd, change, words):
-    (tmp_path / "shape.json").write_text(json.dumps(GOOD))
-    change_json(tmp_path / "shape.json", change)
-    check_refused(capfd, root, f"train {ONE} --shape {tmp_path}/shape.json",
-                  f"{tmp_path}/shape.json", *words)
-
-@pytest.mark.parametrize("line", [
-    f"train {ONE} --arch resnet20 --teacher {{other}}/runs/teacher",
-    f"eval {{other}}/runs/pruned {CHEAP} --data-dir {{root}}/data"])
-def test_data_of_other_classes(root, tmp_path, capfd, line):
-    write_images(tmp_path / "data", "abc")
-    check_refused(capfd, tmp_path, line, "2", "3", "classes", other=root)
-
-def no_network(*_, **__):
-    raise urllib.error.URLError("no network")
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_no_network_for_cifar(tmp_path, capfd, monkeypatch, name):
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
-    check_refused(capfd, tmp_path, f"train --data {name} --data-dir {{root}}/data --arch resnet20 "
-                  "--out {root}/new", name, "{root}/data", "no network", "--data synthetic")
-
-# ---- Damaged files ------------------------------------------------------------------------------
-
-class Evil:
-    """A pickle of it makes a directory when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-@pytest.mark.parametrize("name, line", [
-    ("last.ckpt", TRAIN + " --out {run}"), ("weights.pt", "eval --data synthetic {run}"),
-    ("weights.pt", f"train {ONE} --arch resnet20 --teacher {{run}}")])
-def test_a_pickle_is_not_executed(root, tmp_path, capfd, name, line):
-    shutil.copytree(root / ("half" if name == "last.ckpt" else "whole"), tmp_path / "run")
-    shutil.copytree(root / "data", tmp_path / "data")
-    torch.save({"settings": Evil(tmp_path / "executed")}, tmp_path / "run" / name)
-    check_refused(capfd, tmp_path, line, "{run}/" + name, run=tmp_path / "run")
-    assert not (tmp_path / "executed").exists()
-    torch.load(tmp_path / "run" / name, weights_only=False)
-    assert (tmp_path / "executed").exists()  # the file is as dangerous as it should be
-
-def change_state(path, change):
-    state = torch.load(path, weights_only=True)
-    change(state)
-    torch.save(state, path)
-
-def without(name):
-    return lambda path, root: change_state(path, lambda state: state.pop(name))
-
-@pytest.mark.parametrize("spoil, remedy", [
-    (lambda path, root: os.truncate(path, path.stat().st_size // 2), "delete it"),
-    (lambda path, root: os.truncate(path, 0), "delete it"),
-    (lambda path, root: path.write_text("hello"), "delete it"),
-    (lambda path, root: torch.save([1, 2], path), "delete it"),
-    (lambda path, root: shutil.copy(root / "runs" / "search" / path.name, path), "other settings"),
-    (lambda path, root: change_state(path, lambda state: state["parts"]["net"].popitem()), "--out"),
-    *[(without(name), "--out") for name in ("parts", "metrics", "settings", "rng")]])
-def test_damaged_checkpoints(root, tmp_path, half, capfd, spoil, remedy):
-    spoil(half / "last.ckpt", root)
-    check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "{root}/half/last.ckpt", remedy)
-
-@pytest.mark.parametrize("change", [
-    b"", b"{", b"[]", b"{}", b'{"settings": []}', b'{"settings": null}', {"settings": {}}])
-def test_damaged_run_files(tmp_path, half, capfd, change):
-    change_json(half / "run.json", change)
-    check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "{root}/half/run.json")
-
-@pytest.mark.parametrize("change", [
-    {"result": []}, {"result": "done"}, {"result": {}}, {"result": {"accuracy": "high"}},
-    {"result": {"accuracy": None}}])
-def test_a_damaged_result_is_made_anew(root, tmp_path, half, capfd, change):
-    """From the checkpoint, which is whole; without one it is refused."""
-    change_json(half / "run.json", change)
-    line = TRAIN + " --out {root}/half"
-    (half / "last.ckpt").rename(half / "checkpoint")
-    check_refused(capfd, tmp_path, line, "{root}/half/run.json")
-    (half / "checkpoint").rename(half / "last.ckpt")
-    assert run(line, root=tmp_path) == 0
-    check_same_run(half, root / "whole")
-
-@pytest.mark.parametrize("part, change, lost", [
-    ("teacher", {"result": None}, ""), ("teacher", b"{", ""),
-    ("search", {"settings": None}, "search"), ("search", {"result": None}, ""),
-    ("search", b"[]", "refused")])
-def test_damaged_run_file_of_a_part(root, tmp_path, capfd, part, change, lost):
-    """A teacher or a shape from a damaged run: a clean error, or a result without that entry."""
-    shutil.copytree(root / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("pruned"))
-    path = tmp_path / "runs" / part / "run.json"
-    change_json(path, change)
-    line = DISTIL.replace("{root}/runs", "{tmp}/runs") + " --teacher {tmp}/runs/teacher"
-    status = run(line + " --out {tmp}/new", root=root, tmp=tmp_path)
-    assert status == (2 if lost == "refused" else 0)
-    if status:
-        assert str(path) in one_line(capfd)
-        return
-    expected = read_result(root / "runs" / "pruned")
-    if lost:
-        assert expected[lost] is not None
-        expected[lost] = None
-    assert read_result(tmp_path / "new") == expected
-
-def damage(directory, kind, name, other, at, noise):
-    """Damage one file of a run directory, or exchange two. Returns the names."""
-    path = directory / name
-    content = path.read_bytes()
-    at = int(at * len(content))
-    if kind == "swap":
-        path.write_bytes((directory / other).read_bytes())
-        (directory / other).write_bytes(content)
-        return {name, other}
-    path.write_bytes(content[:at])
-    if kind == "noise":
-        path.write_bytes(content[:at] + noise + content[at + len(noise):])
-    return {name}
-
-def check_outcome(capture, status, kind, damaged, wanted):
-    """Status 2 and one line, or 0 and the wanted words. It is 0 where no file that is read was
-    damaged, 2 where one was cut or exchanged; noise may or may not matter."""
-    captured = capture.readouterr()
-    assert status in ([0, 2] if damaged and kind == "noise" else [2] if damaged else [0]), captured
-    if status:
-        assert re.fullmatch(r"error: [^\n]+\n", captured.err), captured.err
-    else:
-        assert captured.err == "" and wanted in captured.out, captured
-
-@pytest.mark.parametrize("state, source, line, reads", [
-    ("half", "half", TRAIN, {"run.json", "last.ckpt"}),
-    ("whole", "whole", TRAIN, {"run.json"}),
-    ("search", "runs/search", SEARCH, {"run.json", "shape.json"})])
-def test_damaged_run_directories(root, tmp_path, capfd, state, source, line, reads):
-    """The same command refuses the directory and leaves the evidence, or ends in the result of the
-    undamaged one."""
-    ends, directory, whole = collections.Counter(), tmp_path / "run", root / "whole"
-
-    @settings(deadline=None, derandomize=True, max_examples=25, database=None,
-              phases=[Phase.explicit, Phase.generate],  # shrinking would repeat long runs
-              suppress_health_check=[HealthCheck.too_slow])
-    @given(kind=st.sampled_from(["truncate", "noise", "swap"]), at=st.floats(0, 0.99),
-           noise=st.binary(min_size=1, max_size=40), data=st.data())
-    def check(kind, at, noise, data):
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.copytree(root / source, directory)
-        names = [name for name in RESULTS if (directory / name).exists()]
-        name, other = data.draw(st.permutations(names))[:2]
-        damaged = damage(directory, kind, name, other, at, noise)
-        content = (directory / name).read_bytes()
-        capfd.readouterr()
-        status = run(line + " --quiet --out {out}", root=root, out=directory)
-        check_outcome(capfd, status, kind, damaged & reads, "next: ")
-        ends[status] += 1
-        if status == 2:
-            assert (directory / name).read_bytes() == content  # evidence is not overwritten
-        elif state == "search":
-            assert "shape.json" in damaged or tas.Shape.load(directory) == tas.Shape.load(
-                root / source)
-        else:
-            status = run(f"eval {{out}} {CHEAP} --data-dir {{root}}/data", root=root, out=directory)
-            left = damaged & {"shape.json", "weights.pt", "run.json"} if state == "whole" else {}
-            check_outcome(capfd, status, kind, left, f"{read_result(whole)['accuracy']:.2f}%")
-            assert status or identical(*[tas.load(d).state_dict() for d in (directory, whole)])
-
-    check()
-    assert min(ends[0], ends[2]) > 2, ends  # both happened
-
-# ---- Full disk, numbers that are none -----------------------------------------------------------
-
-def fill_disk(patch, nth):
-    """No file from the nth on can be flushed. Returns a list with an item for each try."""
-    plain, tries = os.fsync, []
-
-    def fsync(descriptor):
-        tries.append(descriptor)
-        if len(tries) >= nth:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        plain(descriptor)
-
-    patch.setattr(os, "fsync", fsync)
-    return tries
-
-def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
-    tas.write_file(tmp_path / "file", b"old")
-    fill_disk(monkeypatch, 1)
-    with pytest.raises(tas.TASError, match="No space left"):
-        tas.write_file(tmp_path / "file", b"new" * 1000)
-    assert tree(tmp_path) == {tmp_path / "file": b"old"}
-
-def test_a_full_disk_at_any_moment(root, tmp_path, capfd, monkeypatch):
-    """Each file in turn is the one that does not fit; afterwards the same command goes on."""
-    line = TRAIN + " --out {tmp}/{nth}"
-    with monkeypatch.context() as patch:
-        files = fill_disk(patch, math.inf)
-        assert run(line, root=root, tmp=tmp_path, nth=0) == 0
-    assert len(files) >= 7
-    for nth in range(1, len(files) + 1):
-        capfd.readouterr()
-        with monkeypatch.context() as patch:
-            fill_disk(patch, nth)
-            assert run(line, root=root, tmp=tmp_path, nth=nth) == 2
-        assert "No space left" in one_line(capfd)
-        assert not list(tmp_path.rglob("*.tmp"))
-        assert run(line, root=root, tmp=tmp_path, nth=nth) == 0
-        check_same_run(tmp_path / str(nth), root / "whole")
-
-def test_a_huge_learning_rate_stops_the_run(root, tmp_path, capfd):
-    assert run(TRAIN + " --lr 1e9 --out {tmp}/run", root=root, tmp=tmp_path) == 2
-    err = one_line(capfd)
-    assert re.search(r"epoch \d+, step \d+, .*1e\+09.*lower --lr", err), err
-    assert not (tmp_path / "run" / "weights.pt").exists()
-
-@pytest.mark.parametrize("line, call, step, value", [
-    (TRAIN, 7, 3, math.nan), (TRAIN, 8, 4, math.inf), (SEARCH, 7, 2, math.nan),
-    (SEARCH, 8, 2, math.inf), (SEARCH, 6, 1, math.nan), (GUIDED, 7, 3, math.nan)])
-def test_a_loss_that_is_not_finite_is_located(root, tmp_path, capfd, monkeypatch, line, call, step,
-                                              value):
-    """24 images, batch 6: 4 steps of training or 2 of search, of 2 losses each, in an epoch."""
-    plain, count = F.cross_entropy, itertools.count(1)
-    monkeypatch.setattr(F, "cross_entropy", lambda *a: plain(*a) * (
-        value if next(count) == call else 1))
-    assert run(line + " --out {tmp}/run", root=root, tmp=tmp_path) == 2
-    err = one_line(capfd)
-    assert f"epoch 2, step {step}," in err and "--lr 0.1" in err
-    assert len(tas.load_tensors(tmp_path / "run" / "last.ckpt")["metrics"]) == 1
-    assert len(read_metrics(tmp_path / "run")) == 1
-    assert not (tmp_path / "run" / "shape.json").exists()
-
-# ---- What the commands leave and say ------------------------------------------------------------
-
-def test_prune_leaves_three_runs(root):
-    shape = tas.Shape.load(root / "runs" / "search" / "shape.json")
-    assert tas.Shape.load(root / "runs" / "search") == shape
-    assert abs(macs_share(root / "runs" / "search") - 0.5) <= 0.025
-    for name, files in (("teacher", RESULTS), ("search", RESULTS[:4]), ("pruned", RESULTS)):
-        assert sorted(p.name for p in (root / "runs" / name).glob("[!.]*")) == sorted(files)
-        net = tas.ResNet(shape)
-        if name != "search":
-            net = tas.load(root / "runs" / name)
-            assert net.shape == (shape.full if name == "teacher" else shape) and not net.training
-        info = tas.read_json(root / "runs" / name / "run.json")
-        assert info["command"].startswith("python tas.py prune --data folder")
-        assert info["settings"]["seed"] == 0 and info["versions"]["torch"] == torch.__version__
-        assert info["precision"] == "fp32" and "threads" in info["machine"]
-        assert info["result"]["full_macs"] == tas.count_macs(shape.full)
-        assert info["result"]["macs"] == tas.count_macs(net.shape)
-        assert info["result"]["params"] == sum(p.numel() for p in net.parameters())
-    above, result = [read_result(root / "runs" / name) for name in ("teacher", "pruned")]
-    assert result["teacher_accuracy"] == above["accuracy"] and result["classes"] == ["a", "b"]
-    assert result["search"]["method"] == "tas" and result["search"]["num_samples"] == 2
-    assert above["search"] is None and above["teacher_accuracy"] is None
-
-@pytest.mark.parametrize("flags, parts", [
-    ("--transfer none", ["pruned", "search"]),
-    ("--teacher {root}/runs/teacher --quiet", ["pruned", "search"]),
-    ("--transfer init --method random", ["pruned", "search", "teacher"])])
-def test_prune_makes_only_what_it_needs(root, tmp_path, capsys, flags, parts):
-    line = PRUNE.replace("--epochs 3", "--epochs 1") + f" {flags} --out {{tmp}}"
-    assert run(line, root=root, tmp=tmp_path) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == parts
-    out = capsys.readouterr().out
-    assert out.count("next: ") == 1 and ("1/1" in out) == ("--quiet" not in flags)
-
-@pytest.mark.parametrize("name", ["teacher", "pruned"])
-def test_eval_gives_the_accuracy_of_the_run(root, capsys, name):
-    """And so do the weights, loaded without this program's help, image by image."""
-    path = root / "runs" / name
-    accuracy = read_result(path)["accuracy"]
-    assert run(f"eval {path} --data folder --data-dir {root}/data --workers 0") == 0
-    assert f"accuracy {accuracy:.2f}% on 8 images" in capsys.readouterr().out
-    assert read_metrics(path)[-1]["test_accuracy"] == accuracy
-    net, right = tas.ResNet(tas.Shape.load(path / "shape.json")), 0
-    net.load_state_dict(torch.load(path / "weights.pt", weights_only=True))
-    net.eval()
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    for label, folder in enumerate("ab"):
-        for file in (root / "data" / "val" / folder).iterdir():
-            pixels = (np.asarray(Image.open(file)) / 255 - mean) / std
-            x = torch.tensor(pixels).permute(2, 0, 1)[None].float()
-            assert torch.equal(net(x), tas.load(path)(x))
-            right += int(net(x).argmax()) == label
-    assert accuracy == 100 * right / 8
-
-def test_top_5_of_many_classes(tmp_path, monkeypatch, capsys):
-    """Of more than 100, for which 6 stand here."""
-    monkeypatch.setattr(tas, "TOP5_CLASSES", 5)
-    write_images(tmp_path / "data", "abcdef", train=4, val=3)
-    line = TRAIN.format(root=tmp_path) + f" --out {tmp_path}/run"
-    assert run(line) == 0
-    data = tas.load_data("folder", f"{tmp_path}/data", 8, torch.device("cpu"), 0)
-    [(x, y)] = data.test.batches(torch.arange(18), 18, False)
-    with torch.no_grad():
-        worst = tas.load(tmp_path / "run")(x).argmin(1)
-    top5 = 100 * (worst != y).double().mean().item()
-    assert read_result(tmp_path / "run")["top5"] == pytest.approx(top5) and top5 < 100
-    assert read_metrics(tmp_path / "run")[-1]["test_top5"] == pytest.approx(top5)
-    assert run(f"eval {tmp_path}/run {CHEAP} --data-dir {tmp_path}/data") == 0
-    assert f"(top-5 {top5:.2f}%)" in capsys.readouterr().out
-
-def test_a_network_without_a_shape_knows_no_search(root, tmp_path, monkeypatch):
-    """Even when it is trained in a directory that has a run.json."""
-    monkeypatch.chdir(root / "runs" / "search")
-    assert run(TRAIN + " --epochs 1 --out {tmp}/run", root=root, tmp=tmp_path) == 0
-    assert read_result(tmp_path / "run")["search"] is None
-
-def test_load_of_a_shape_file(tmp_path):
-    (tmp_path / "shape.json").write_text(json.dumps(GOOD))
-    net = tas.load(tmp_path / "shape.json")
-    assert not net.training and net(torch.zeros(2, 3, 8, 8)).shape == (2, 2)
-
-def test_a_bar_on_a_terminal(root, tmp_path, capsys, monkeypatch):
-    """One bar with loss, accuracy and MACs, in the place of a line an epoch."""
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    assert run(SEARCH + " --out {tmp}/run", root=root, tmp=tmp_path) == 0
-    bar = sys.stderr.getvalue()
-    assert re.search(r"6/6 .*loss \d+\.\d{3}, accuracy \d+\.\d%, MACs \d+\.\d% of the target, "
-                     r"lr \S+, \d+ images/s, \d+ MB, 0 min left in all", bar)
-    assert "1/3:" not in capsys.readouterr().out
-
-def test_a_reader_that_has_seen_enough(root, tmp_path):
-    read, write = os.pipe()
-    os.close(read)
-    process = start(TRAIN.format(root=root) + f" --out {tmp_path}", stdout=write)
-    os.close(write)
-    assert finish(process) == (141, None, "")
-
-@pytest.mark.parametrize("command", ["", "train", "search", "prune", "eval"])
-def test_help_fits_one_screen(capsys, monkeypatch, command):
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as stop:
-        run(command + " --help")
-    out = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert 10 < out.count("\n") <= 50 and out.startswith(f"usage: tas.py {command}".strip())
-
-def test_import_is_light():
-    names = "matplotlib", "torchvision", "tqdm"
-    code = "import sys, torch; before = set(sys.modules); import tas; " \
-           f"print([n for n in {names} if n in set(sys.modules) - before])"
-    assert finish(start("", "-c", code)) == (0, "[]\n", "")
-
-def test_memory_of_the_search(tmp_path):
-    """From the first step on it grows at most 1.5 times as much as that of a training."""
-    growth = {}
-    for command in ("train", "search"):
-        line = f"{command} --data synthetic --arch resnet20 --epochs 1 --precision fp32 " \
-               f"--workers 0 --out {tmp_path}/{command}"
-        status, [seen] = fork("", 0, line, tmp_path / "out")
-        assert status == [0] and seen["steps"] == 4
-        growth[command] = seen["memory"][-1] - seen["memory"][0]  # KB
-    assert 1e5 < growth["train"] and growth["search"] <= 1.5 * growth["train"]
-
-def test_what_is_recorded_and_printed_of_odd_names(root, tmp_path, capfd):
-    """The command can be typed again; nothing that is printed moves the cursor."""
-    name = "a b\x1b[2J'c\n"
-    words = TRAIN.format(root=root).split() + ["--epochs", "1", "--out", f"{tmp_path}/{name}"]
-    assert tas.main(words) == 0
-    out, err = capfd.readouterr()
-    assert "\x1b" not in out + err and "a b\\x1b[2J'c\\n" in out and "1/1: " in out
-    line = tas.read_json(tmp_path / name / "run.json")["command"]
-    assert shlex.split(line) == ["python", "tas.py", *words]
-
-def test_flags_are_written_out(root, capfd):
-    check_refused(capfd, root, f"train {ONE} --arch resnet20 --weight 0.1", "--weight")
-
-# ---- Switches -----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("switch, share", [
-    ("", 0.5), ("--flops 0.9", 0.9), ("--flops 1.4M", 1.4e6 / 2550912), ("--search width", 0.5),
-    ("--search depth --flops 0.65", 0.65), ("--round 8", 0.5), ("--method random", 0.5),
-    ("--method uniform", 0.5), ("--method random --search width --round 4", 0.5),
-    ("--method uniform --round 2", 0.5)])
-def test_the_shape_is_what_the_switches_say(root, tmp_path, switch, share):
-    assert run(f"{SEARCH} {switch} --out {{tmp}}/run", root=root, tmp=tmp_path) == 0
-    assert abs(macs_share(tmp_path / "run") / share - 1) <= 0.05 + 1e-6
-    shape = tas.Shape.load(tmp_path / "run" / "shape.json")
-    if "--search width" in switch or "uniform" in switch:
-        assert list(map(len, shape.stages)) == [3, 3, 3]
-    if "--search depth" in switch:
-        assert {c for widths in shape.stages[2] for c in widths} == {64} and shape.stem == 16
-    multiple = int((switch + " --round 1").split("--round ")[1].split()[0])
-    assert [c % multiple for c in shape.convs] == [0] * len(shape.convs)
-    if "uniform" in switch:
-        assert len({*shape.convs[:7]}) == 1 and shape.stem < shape.stages[2][0][0] < 64
-    assert (tmp_path / "run" / "metrics.jsonl").exists() == ("--method" not in switch)
-    kept = tas.read_json(tmp_path / "run" / "run.json")["settings"]
-    for flag, value in re.findall(r"--(\S+) (\S+)", switch):
-        assert flag == "flops" or str(kept[flag.replace("-", "_")]) == value
-
-def test_random_sizes_follow_the_seed_and_the_tolerance_is_kept(root, tmp_path):
-    flags = {"0": "", "again": "", "1": "--seed 1", "close": "--tolerance 0.004"}
-    for name, flag in flags.items():
-        assert run(f"{SEARCH} --method random {flag} --out {tmp_path}/{name}", root=root) == 0
-    shapes = [tas.Shape.load(tmp_path / name) for name in ("0", "again", "1")]
-    assert shapes[0] == shapes[1] != shapes[2]
-    close, other = (abs(macs_share(tmp_path / name) - 0.5) for name in ("close", "0"))
-    assert close <= 0.002 < other
-
-# ---- The network and the data that one has ------------------------------------------------------
-
-def test_training_goes_on_from_weights(root, tmp_path, monkeypatch):
-    """A pruned network keeps its shape; with other classes it has a new classifier."""
-    seen, plain = [], tas.train
-    monkeypatch.setattr(tas, "train", lambda run, data, net, teacher=None: seen.append(
-        {name: tensor.clone() for name, tensor in net.state_dict().items()}) or plain(
-            run, data, net, teacher))
-    write_images(tmp_path / "data", "abc")
-    for i, (part, place) in enumerate(itertools.product(("teacher", "pruned"), (root, tmp_path))):
-        line = f"train {CHEAP} --data-dir {place}/data --epochs 1 --init {root}/runs/{part}"
-        assert run(f"{line} --out {tmp_path}/{i}") == 0
-        source = tas.load(root / "runs" / part)
-        assert tas.load(tmp_path / str(i)).shape.stages == source.shape.stages
-        other = [name for name, tensor in source.state_dict().items()
-                 if not identical(tensor, seen[-1][name])]
-        assert other == (["fc.weight", "fc.bias"] if place == tmp_path else [])
-    assert run(TRAIN + " --epochs 1 --out {tmp}/new", root=root, tmp=tmp_path) == 0
-    assert len(seen) == 5 and not identical(seen[-1], seen[0])
-
-def test_init_is_a_setting(root, tmp_path, capfd):
-    line = TRAIN + f" --init {{root}}/other --out {tmp_path}/run"
-    assert run(line, root=root) == 0
-    for other in ("--init {root}/runs/teacher", ""):
-        check_refused(capfd, root, f"{TRAIN} {other} --out {tmp_path}/run", "init was ")
-    check_refused(capfd, root, f"train {ONE} --init {{root}}/other --shape {{root}}/runs/search",
-                  "--shape")
-    check_refused(capfd, root, f"train {ONE} --init {{root}}/other --arch resnet32", "resnet20")
-
-def test_prune_trains_its_teacher_from_weights(root, tmp_path, capfd):
-    line = PRUNE.replace("--epochs 3", "--epochs 1") + f" --init {{root}}/other --out {tmp_path}"
-    assert run(line, root=root) == 0
-    inits = {name: tas.read_json(tmp_path / name / "run.json")["settings"].get("init")
-             for name in ("teacher", "search", "pruned")}
-    assert inits == {"teacher": tas.checksum(tas.load(root / "other")), "search": None,
-                     "pruned": None}
-    for flags in ("--teacher {root}/other", "--transfer none"):
-        check_refused(capfd, root, f"prune --arch resnet20 {ONE} --init {{root}}/other {flags}",
-                      "--init")
-
-def test_the_time_that_is_left(root, tmp_path, capfd, monkeypatch):
-    """Of all parts of prune; an epoch takes two minutes here."""
-    plain = tas.resources
-    monkeypatch.setattr(tas, "resources", lambda *a: plain(*a) | {"seconds": 120.0})
-    line = PRUNE.replace("--epochs 3", "--epochs 2 --search-epochs 3") + " --out "
-    assert run(line + f"{tmp_path}/runs", root=root) == 0
-    found = re.findall(r"^(\S+) \d/\d.* (\d+) min left in all$", capfd.readouterr().out, re.M)
-    names = ["teacher"] * 2 + ["search"] * 3 + ["pruned"] * 2
-    assert found == [(name, str(2 * (6 - i))) for i, name in enumerate(names)]
-
-@pytest.mark.parametrize("flags, expected", [
-    ("--epochs 3 --search-epochs 2", (3, 2, 3)), ("--epochs 2 --teacher-epochs 1", (1, 2, 2)),
-    ("--epochs 1 --search-epochs 2 --teacher-epochs 3", (3, 2, 1))])
-def test_epochs_of_the_parts_of_prune(root, tmp_path, flags, expected):
-    line = PRUNE.replace("--epochs 3", flags) + " --out {tmp}"
-    assert run(line, root=root, tmp=tmp_path) == 0
-    assert tuple(len(read_metrics(tmp_path / part)) for part in ("teacher", "search", "pruned")) \
-        == expected
-
-def test_another_target_says_how_to_keep_the_teacher(root, capfd):
-    check_refused(capfd, root, PRUNE + " --flops 0.4 --out {root}/runs", "target was",
-                  "prune keeps its teacher with --teacher DIR")
-
-def test_a_search_under_another_cost(root, tmp_path, capfd):
-    space = tas.Space("resnet20", 2, 8)
-    cost = write_costs(tmp_path / "cost.json", space, 1)
-    full = slow_cost(space, cost, space.full)
-    line = SEARCH + " --cost {tmp}/cost.json --out {tmp}/"
-    for name, budget, target in (("share", "0.7", 0.7 * full),
-                                 ("unit", f"{0.8 * full:.3f}mJ", 0.8 * full)):
-        assert run(f"{line}{name} --budget {budget}", root=root, tmp=tmp_path) == 0
-        found = slow_cost(space, cost, tas.Shape.load(tmp_path / name))
-        assert abs(found / target - 1) <= 0.05
-        assert f"{found:.4g} mJ, target {target:.4g} mJ" in capfd.readouterr().out
-        info = tas.read_json(tmp_path / name / "run.json")
-        assert info["settings"]["unit"] == "mJ" and info["result"]["cost"] == pytest.approx(found)
-        last = read_metrics(tmp_path / name)[-1]
-        assert min(cost[-1][0][0], 10) < last["argmax_macs"] < 2 * full
-    write_costs(tmp_path / "cost.json", space, 2)
-    check_refused(capfd, root, f"{line}share --budget 0.7", "cost was", tmp=tmp_path)
-    for flags, word in (("--budget 2", "--flops 2"), ("--budget 3kg", "3kg"),
-                        ("--budget 0.7 --method uniform", "uniform"),
-                        ("--budget 0.0001", "possible are")):
-        check_refused(capfd, root, f"{line}x {flags}", word, tmp=tmp_path)
-
-@pytest.mark.parametrize("unit, text, share", [
-    ("MACs", "0.5", 0.5), ("MACs", "1", 1), ("MACs", "20M", 20e6 / 40813184),
-    ("MACs", "9000k", 9e6 / 40813184), ("MACs", "0.02G", 20e6 / 40813184),
-    ("µs", "0.5", 0.5), ("µs", "20000000µs", 20e6 / 40813184), ("m²", "2e7m²", 20e6 / 40813184)])
-def test_targets(unit, text, share):
-    space = tas.Space("resnet20")
-    space.unit = unit
-    assert math.isclose(tas.parse_target(text, space), share * 40813184, rel_tol=1e-6)
-
-@pytest.mark.parametrize("unit, text", [
-    ("MACs", "20000000"), ("MACs", "41M"), ("MACs", "3ms"), ("MACs", "M"), ("µs", "3M"),
-    ("µs", "2"), ("µs", "µs"), ("µs", "-3µs")])
-def test_targets_that_are_none(unit, text):
-    space = tas.Space("resnet20")
-    space.unit = unit
-    with pytest.raises(tas.TASError, match=f"--flops {text}"):
-        tas.parse_target(text, space)
+# ---- What the commands say, and what they take --------------------------------------------------
 
 @pytest.mark.parametrize("spoiled", [False, True])
 def test_the_teacher_s_accuracy_comes_before_the_search(root, tmp_path, capfd, spoiled):
@@ -2429,6 +2487,61 @@ def test_a_network_for_large_images_on_small_ones(tmp_path, capfd):
         assert run(f"{line}{arch} --arch {arch}") == 0
         assert ("warning: resnet18" in capfd.readouterr().err) == warned
 
+def test_the_time_that_is_left(root, tmp_path, capfd, monkeypatch):
+    """Of all parts of prune; an epoch takes two minutes here."""
+    plain = tas.resources
+    monkeypatch.setattr(tas, "resources", lambda *a: plain(*a) | {"seconds": 120.0})
+    line = PRUNE.replace("--epochs 3", "--epochs 2 --search-epochs 3") + " --out "
+    assert run(line + f"{tmp_path}/runs", root=root) == 0
+    found = re.findall(r"^(\S+) \d/\d.* (\d+) min left in all$", capfd.readouterr().out, re.M)
+    names = ["teacher"] * 2 + ["search"] * 3 + ["pruned"] * 2
+    assert found == [(name, str(2 * (6 - i))) for i, name in enumerate(names)]
+
+def test_a_bar_on_a_terminal(root, tmp_path, capsys, monkeypatch):
+    """One bar with loss, accuracy and MACs, in the place of a line an epoch."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert run(SEARCH + " --out {tmp}/run", root=root, tmp=tmp_path) == 0
+    bar = sys.stderr.getvalue()
+    assert re.search(r"6/6 .*loss \d+\.\d{3}, accuracy \d+\.\d%, MACs \d+\.\d% of the target, "
+                     r"lr \S+, \d+ images/s, \d+ MB, 0 min left in all", bar)
+    assert "1/3:" not in capsys.readouterr().out
+
+def test_what_is_recorded_and_printed_of_odd_names(root, tmp_path, capfd):
+    """The command can be typed again; nothing that is printed moves the cursor."""
+    name = "a b\x1b[2J'c\n"
+    words = TRAIN.format(root=root).split() + ["--epochs", "1", "--out", f"{tmp_path}/{name}"]
+    assert tas.main(words) == 0
+    out, err = capfd.readouterr()
+    assert "\x1b" not in out + err and "a b\\x1b[2J'c\\n" in out and "1/1: " in out
+    line = tas.read_json(tmp_path / name / "run.json")["command"]
+    assert shlex.split(line) == ["python", "tas.py", *words]
+
+def test_a_reader_that_has_seen_enough(root, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    process = start(TRAIN.format(root=root) + f" --out {tmp_path}", stdout=write)
+    os.close(write)
+    assert finish(process) == (141, None, "")
+
+@pytest.mark.parametrize("command", ["", "train", "search", "prune", "eval"])
+def test_help_fits_one_screen(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        run(command + " --help")
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert 10 < out.count("\n") <= 50 and out.startswith(f"usage: tas.py {command}".strip())
+
+def test_import_is_light():
+    names = "matplotlib", "torchvision", "tqdm"
+    code = "import sys, torch; before = set(sys.modules); import tas; " \
+           f"print([n for n in {names} if n in set(sys.modules) - before])"
+    assert finish(start("", "-c", code)) == (0, "[]\n", "")
+
 def test_metrics_of_the_machine(root):
     for part in ("teacher", "search"):
         lines = (root / "runs" / part / "metrics.jsonl").read_text().splitlines()
@@ -2437,58 +2550,18 @@ def test_metrics_of_the_machine(root):
             assert low - 0.05 <= line["images_per_second"] <= high + 0.05
             assert 100 < line["memory_mb"] < 1e5
 
-def test_preprocess(root):
-    """As the test images of training are."""
-    make = np.random.default_rng(0).integers(0, 256, (120, 90, 3), dtype=np.uint8)
-    assert tas.preprocess(Image.fromarray(make).convert("L"), 72).shape == (1, 3, 72, 72)
-    data = tas.load_data("folder", f"{root}/data", 8, torch.device("cpu"), 0)
-    [(x, _)] = data.test.batches(torch.arange(8), 8, False)
-    files = sorted((root / "data/val").rglob("*.png"))
-    assert all(torch.equal(tas.preprocess(Image.open(file), 8)[0], image)
-               for file, image in zip(files, x))
+def test_memory_of_the_search(tmp_path):
+    """From the first step on it grows at most 1.5 times as much as that of a training."""
+    growth = {}
+    for command in ("train", "search"):
+        line = f"{command} --data synthetic --arch resnet20 --epochs 1 --precision fp32 " \
+               f"--workers 0 --out {tmp_path}/{command}"
+        status, [seen] = fork("", 0, line, tmp_path / "out")
+        assert status == [0] and seen["steps"] == 4
+        growth[command] = seen["memory"][-1] - seen["memory"][0]  # KB
+    assert 1e5 < growth["train"] and growth["search"] <= 1.5 * growth["train"]
 
-# ---- Photographs, README ------------------------------------------------------------------------
-
-def make_photographs(root):
-    """JPEG files of smooth colours, of many sizes, one of them grey and one for printers."""
-    rng = np.random.default_rng(1)
-    for part, count in (("train", 8), ("val", 3)):
-        for name in ("n01", "n02"):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-                image = Image.fromarray(coarse).resize((90 + 7 * i, 120 - 2 * i), Image.BICUBIC)
-                image = image.convert({0: "L", 1: "CMYK"}.get(i, "RGB"))
-                image.save(root / part / name / f"{name}_{i}.JPEG")
-
-def test_photographs(tmp_path):
-    make_photographs(tmp_path / "data")
-    assert run("prune --data imagenet --data-dir {tmp}/data --arch resnet18 --image-size 72 "
-               "--epochs 1 --batch-size 8 --workers 1 --flops 0.5 --search width --precision bf16 "
-               "--out {tmp}/runs", tmp=tmp_path) == 0
-    assert abs(macs_share(tmp_path / "runs" / "pruned") - 0.5) <= 0.025
-    assert tas.load(tmp_path / "runs" / "pruned")(torch.zeros(1, 3, 72, 72)).shape == (1, 2)
-    for part in ("teacher", "search", "pruned"):
-        assert [line["epoch"] for line in read_metrics(tmp_path / "runs" / part)] == [1]
-        kept = tas.read_json(tmp_path / "runs" / part / "run.json")["settings"]
-        assert kept["weight_decay"] == 1e-4 and kept["images"] == "16 + 6 images, 2 classes"
-
-@pytest.mark.parametrize("size, resized", [(32, 32), (64, 64), (72, 82)])
-def test_test_images_are_resized_and_cropped(tmp_path, size, resized):
-    """The shorter side to the size, or 256/224 of a large one; then the centre."""
-    make_photographs(tmp_path)
-    data = tas.load_data("folder", str(tmp_path), size, torch.device("cpu"), 0)
-    [(images, labels)] = data.test.batches(torch.arange(6), 6, False)
-    assert labels.tolist() == [0] * 3 + [1] * 3 and images.shape == (6, 3, size, size)
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    for x, path in zip(images, sorted((tmp_path / "val").rglob("*.JPEG"))):
-        image = Image.open(path).convert("RGB")
-        short = min(image.size)
-        image = image.resize([int(resized * side / short) for side in image.size], Image.BILINEAR)
-        left, top = [round((side - size) / 2) for side in image.size]
-        pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-        expected = torch.tensor((pixels / 255 - mean) / std).permute(2, 0, 1).float()
-        torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
+# ---- README, reproduce.sh -----------------------------------------------------------------------
 
 def test_readme_points_at_the_right_lines():
     """Every link to a line of tas.py leads to the definition or the section that it names."""
@@ -2508,157 +2581,6 @@ def test_readme_s_commands_are_understood():
     assert len(names) > 5 and [name for name in names if not hasattr(tas, name)] == []
     for path in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"python (tools/\w+\.py)", text):
         assert (HERE / path).exists(), path
-
-# ---- Nothing silently wrong ---------------------------------------------------------------------
-
-def repaint(directory):
-    """Give one image of an ImageFolder other pixels, of the same file name."""
-    path = sorted((directory / "train").rglob("*.png"))[0]
-    Image.new("RGB", Image.open(path).size, (1, 2, 3)).save(path)
-
-def test_other_data_of_the_same_name_are_refused(root, tmp_path, half, capfd):
-    """Finished runs and interrupted ones, of other pixels or of other classes."""
-    shutil.copytree(root / "whole", tmp_path / "whole")
-    repaint(tmp_path / "data")
-    for name in ("whole", "half"):
-        check_refused(capfd, tmp_path, TRAIN + f" --out {{root}}/{name}", "fingerprint was ")
-    shutil.rmtree(tmp_path / "data")
-    write_images(tmp_path / "data", ["dog", "emu"])
-    tas.load_data.cache_clear()  # as in a new process
-    check_refused(capfd, tmp_path, TRAIN + " --out {root}/whole", "fingerprint was ")
-    check_refused(capfd, tmp_path, "eval {root}/whole --data folder --data-dir {root}/data "
-                  "--workers 0", "['a', 'b']", "['dog', 'emu']")
-
-def test_fingerprints_tell_large_images_apart(tmp_path):
-    def of(name):
-        data = tas.load_data("folder", str(tmp_path / name), 66, torch.device("cpu"), 0)
-        return tas.fingerprint(data)
-
-    write_images(tmp_path / "one", size=66)
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    assert of("one") == of("two")
-    (tmp_path / "two/train/a/0.png").rename(tmp_path / "two/train/a/x.png")
-    assert of("one") != of("two")
-
-@pytest.mark.parametrize("mode, suffix", [("I;16", "png"), ("F", "tif"), ("I", "tif")])
-def test_images_of_more_than_8_bits_are_refused(tmp_path, capfd, mode, suffix):
-    write_images(tmp_path / "data")
-    Image.new(mode, (8, 8), 500).save(tmp_path / f"data/train/a/deep.{suffix}")
-    check_refused(capfd, tmp_path, f"train {ONE} --arch resnet20", f"deep.{suffix}", f"mode {mode}")
-
-def test_the_number_of_processes_is_a_setting(tmp_path, half, capfd):
-    info = tas.read_json(half / "run.json")
-    change_json(half / "run.json", {"settings": info["settings"] | {"world": 2}})
-    check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "world was 2, now 1")
-
-@pytest.mark.parametrize("words", [
-    ["--teacher", ""], ["--shape", ""], ["--shape="], ["--epochs=--"], ["--out", ""],
-    ["--data-dir="], ["--teacher=--quiet"]])
-def test_empty_and_dashed_values_are_errors(capfd, words):
-    assert tas.main(["train", "--data", "synthetic", "--arch", "resnet20", *words]) == 2
-    assert f"{words[0].partition('=')[0]}: an empty" in one_line(capfd)
-
-def test_an_exchanged_shape_is_refused(root, tmp_path, capfd):
-    for name in ("runs", "data"):
-        shutil.copytree(root / name, tmp_path / name)
-    shutil.rmtree(tmp_path / "runs" / "pruned")
-    tas.Shape.load(tmp_path / "runs/search").full.save(tmp_path / "runs/search/shape.json")
-    for line in (PRUNE + " --out {root}/runs", DISTIL + " --out {root}/new"):
-        check_refused(capfd, tmp_path, line, "{root}/runs/search", "the search")
-
-def test_running_statistics_belong_to_a_teacher(root, tmp_path, capfd):
-    for name in ("runs", "data"):
-        shutil.copytree(root / name, tmp_path / name)
-    change_state(tmp_path / "runs/teacher/weights.pt",
-                 lambda state: state["bn1.running_mean"].add_(1))
-    check_refused(capfd, tmp_path, PRUNE + " --out {root}/runs", "teacher was ")
-
-@pytest.mark.parametrize("target", [".", "..", "../b"])
-def test_links_to_folders_are_refused(tmp_path, capfd, target):
-    write_images(tmp_path / "data")
-    (tmp_path / "data/train/a/loop").symlink_to(target)
-    check_refused(capfd, tmp_path, f"train {ONE} --arch resnet20", "train/a/loop")
-
-@pytest.mark.parametrize("spoil", [
-    lambda buffer: buffer[:1], lambda buffer: buffer.double(), lambda buffer: buffer.new_zeros(1),
-    lambda buffer: buffer.new_zeros(buffer.numel() * 2)[::2].view(buffer.shape)])
-def test_buffers_of_another_form_are_refused(tmp_path, half, capfd, spoil):
-    """The fused optimisers write past the end of a buffer that is too small."""
-    def change(state):
-        buffers = state["parts"]["optimizer"]["state"][0]
-        buffers["momentum_buffer"] = spoil(buffers["momentum_buffer"])
-
-    change_state(half / "last.ckpt", change)
-    check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "last.ckpt", "--out")
-
-def test_links_in_the_place_of_temporary_files_are_not_followed(tmp_path, half, monkeypatch):
-    (tmp_path / "outside").write_text("mine")
-    for name in ("run.json", "metrics.jsonl", "last.ckpt", "weights.pt"):
-        (half / f"{name}.tmp").unlink(missing_ok=True)
-        (half / f"{name}.tmp").symlink_to(tmp_path / "outside")
-    assert run(TRAIN + " --out {root}/half", root=tmp_path) == 0
-    assert (tmp_path / "outside").read_text() == "mine"
-    monkeypatch.setattr(tas.time, "monotonic_ns", lambda: 7)
-    (tmp_path / f"x.{os.getpid()}-7.tmp").symlink_to(tmp_path / "outside")
-    with pytest.raises(tas.TASError, match="cannot write"):
-        tas.write_file(tmp_path / "x", b"theirs")
-    assert (tmp_path / "outside").read_text() == "mine"
-
-def test_two_commands_in_one_directory(tmp_path, half, capfd):
-    lock = tas.lock_directory(half)
-    check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "in use by process "
-                  f"{os.getpid()}")
-    lock.close()  # as the end of a process does
-    assert run(TRAIN + " --out {root}/half", root=tmp_path) == 0
-
-def test_processes_whose_launcher_is_gone_stop(root, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(tas, "average_over_processes", lambda *_: None)
-    monkeypatch.setattr(tas.Run, "resume", lambda run, _: setattr(run.args, "world", 2) or [])
-    numbers = itertools.count()
-    monkeypatch.setattr(tas.os, "getppid", lambda: next(numbers))
-    assert run(TRAIN + " --out {tmp}/run", root=root, tmp=tmp_path) == 2
-    assert "launcher" in one_line(capfd)
-
-@pytest.mark.parametrize("names", [{"RANK": "x"}, {"WORLD_SIZE": "x"}, {"RANK": "1"},
-                                   {"RANK": "-1"}, {"WORLD_SIZE": "0"}])
-def test_wrong_places_among_processes(root, capfd, monkeypatch, names):
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    check_refused(capfd, root, f"train {ONE} --arch resnet20", "WORLD_SIZE")
-
-def test_pipes_are_not_waited_for(tmp_path, half, capfd):
-    os.mkfifo(tmp_path / "shape.json")
-    check_refused(capfd, tmp_path, f"train {CHEAP} --data-dir {{root}}/data --shape "
-                  "{root}/shape.json", "shape.json")
-    os.mkfifo(tmp_path / "data/train/a/x.png")
-    check_refused(capfd, tmp_path, f"train {ONE} --arch resnet20", "x.png")
-    (half / "last.ckpt").unlink()
-    os.mkfifo(half / "last.ckpt")
-
-@pytest.mark.parametrize("error, word", [
-    (OSError(24, "Too many open files"), "Too many open files"),
-    (PermissionError(13, "Permission denied", "/x"), "/x"), (MemoryError(), "--batch-size"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "DataLoader worker")])
-def test_errors_of_the_machine_are_one_line(root, capfd, monkeypatch, error, word):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(tas, "evaluate", fail)
-    assert run(f"eval {{root}}/whole {CHEAP.replace('--precision fp32', '')} --data-dir "
-               "{root}/data", root=root) == 2
-    assert word in one_line(capfd)
-
-def test_one_image_cannot_be_normalised(root, capfd):
-    check_refused(capfd, root, f"train {ONE} --arch resnet20 --batch-size 1", "--batch-size 1")
-
-@given(st.text(min_size=1, max_size=900))
-def test_messages_are_printable_and_short(text):
-    shown = tas.printable(text)
-    assert shown.isprintable() and len(shown) <= 500
-    assert shown == text or not text.isprintable() or len(text) > 500
-
-# ---- The plan of reproduce.sh -------------------------------------------------------------------
 
 NAMES = ["smoke", "cpu", "budgets", "full20", "table", "table1", "table2", "table3", "figure3"]
 
