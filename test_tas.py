@@ -938,15 +938,12 @@ def write_images(root, classes="ab", train=12, val=4, size=8, mode="RGB"):
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA"])
 def test_other_kinds_of_images_are_converted(tmp_path, mode):
-    write_images(tmp_path / "data", mode=mode)
-    for path in (tmp_path / "data").rglob("*.png"):
-        same = tmp_path / "rgb" / path.relative_to(tmp_path / "data")
-        same.parent.mkdir(parents=True, exist_ok=True)
-        Image.open(path).convert("RGB").save(same)
-    place = 8, torch.device("cpu"), 0
-    a, b = [tas.load_data("folder", f"{tmp_path}/{name}", *place) for name in ("data", "rgb")]
-    assert torch.equal(a.train.pixels, b.train.pixels) and len(a.train.pixels.unique()) > 1
-    assert torch.equal(a.test.pixels, b.test.pixels)
+    write_images(tmp_path, mode=mode)
+    data = tas.load_data("folder", str(tmp_path), 8, torch.device("cpu"), 0)
+    for split, part in ((data.train, "train"), (data.test, "val")):
+        files = sorted((tmp_path / part).rglob("*.png"))
+        images = np.stack([Image.open(file).convert("RGB") for file in files])
+        assert split.pixels[:-1].numpy().tobytes() == images.tobytes() and images.std() > 0
 
 def make_photographs(root):
     """JPEG files of smooth colours, of many sizes, one of them grey and one for printers."""
@@ -1191,17 +1188,15 @@ def test_search_is_the_slow_loop(float64, run_small, tmp_path, options, round_to
     assert tas.Shape.load(tmp_path / "run") == shape
 
 @pytest.mark.parametrize("line, expected", [
-    ("train --arch resnet20", dict(epochs=300, batch_size=256, lr=0.1, weight_decay=5e-4,
-                                   transfer="none", kd_weight=0.9, kd_temperature=4)),
-    ("train --arch resnet20 --image-size 65", dict(epochs=120, weight_decay=1e-4)),
+    ("train --arch resnet20", dict(epochs=300, batch_size=256)),
+    ("train --arch resnet20 --image-size 65", dict(epochs=120)),
     ("search --arch resnet20 --image-size 65", dict(epochs=120, weight_decay=1e-4)),
-    ("search --arch resnet20", dict(  # 600 steps, so that the rate of alpha is the highest
-        epochs=600, batch_size=256, lr=0.1, weight_decay=5e-4, target=1275712, tolerance=0.05,
-        num_samples=2, sampler="gumbel", align="cwi", method="tas", search="both", round=1,
-        cost_weight=2, tau_start=10, tau_end=0.1, arch_lr=0.05)),
+    ("search --arch resnet20",  # 600 steps
+     dict(epochs=600, batch_size=256, tolerance=0.05, arch_lr=0.05)),
     ("search --arch resnet20 --batch-size 8", dict(arch_lr=59 / (37 * 600))),
     ("search --arch resnet20 --batch-size 8 --epochs 9999", dict(arch_lr=1e-3))])
 def test_defaults(run_small, monkeypatch, tmp_path, line, expected):
+    """Those that the slow loops do not use; the rate of alpha depends on the number of steps."""
     def stop(*_):
         raise tas.TASError("stop")
 
@@ -1429,7 +1424,7 @@ def check_refused(capture, root, line, *words, **places):
     assert run(line, root=root, **places) == 2
     err = one_line(capture)
     for word in words:
-        assert word.format(root=root, **places) in err
+        assert word.replace("{root}", str(root)) in err
     after = tree(root)
     shutil.rmtree(root / "new", ignore_errors=True)  # for the other tests
     assert after == before
@@ -1528,16 +1523,7 @@ def test_targets(unit, text, share):
     space.unit = unit
     assert math.isclose(tas.parse_target(text, space), share * 40813184, rel_tol=1e-6)
 
-@pytest.mark.parametrize("unit, text", [
-    ("MACs", "20000000"), ("MACs", "41M"), ("MACs", "3ms"), ("MACs", "M"), ("µs", "3M"),
-    ("µs", "2"), ("µs", "µs"), ("µs", "-3µs")])
-def test_targets_that_are_none(unit, text):
-    space = tas.Space("resnet20")
-    space.unit = unit
-    with pytest.raises(tas.TASError, match=f"--flops {text}"):
-        tas.parse_target(text, space)
-
-@given(st.text(min_size=1), st.integers(1, 900))
+@given(st.text(min_size=1), st.integers(1, 300))
 def test_messages_are_printable_and_short(text, repeats):
     shown = tas.printable(text)
     assert shown.isprintable() and (shown == text or not text.isprintable())
@@ -1573,63 +1559,62 @@ def test_other_settings_are_refused(root, capfd, line, flags, where):
 def test_every_setting_is_compared(world, capfd):
     """A run that does not record one is another run."""
     info = tas.read_json(world / "half/run.json")
-    for name in info["settings"]:
-        settings = {key: value for key, value in info["settings"].items() if key != name}
+    for name, value in info["settings"].items():
+        settings = {key: other for key, other in info["settings"].items() if key != name}
         change_json(world / "half/run.json", {"settings": settings})
-        check_refused(capfd, world, HALF, f"{name} was not recorded")
+        words = f"{name} was not recorded, now {str(value)[:60]}"
+        check_refused(capfd, world, HALF, words)
 
-WRONG_VALUES = [
-    ("train", {
-        "--epochs": "-3 0 two", "--batch-size": "0 25", "--lr": "nan -1 inf", "--seed": "-1",
+WRONG_VALUES = {
+    "train": {
+        "--epochs": "-3 0 two", "--batch-size": "0 1 25", "--lr": "nan -1 inf", "--seed": "-1",
         "--workers": "-2", "--image-size": "7", "--precision": "fp8", "--weight-decay": "2",
-        "--transfer": "copy", "--device": "nonsense cuda:99 meta", "--arch": "resnt56",
-        "--data": "cifar11", "--wrong": "3", "--flops": "0.5", "--weight": "0.1"}),
-    ("search", {
-        "--flops": "0 1.5 abc nan inf -0.5 900G M", "--num-samples": "9 0", "--search": "all",
-        "--method": "grid", "--sampler": "hard", "--align": "crop", "--round": "0",
-        "--tolerance": "0", "--arch-lr": "nan", "--batch-size": "13", "--teacher": "x"})]
-WRONG_TOGETHER = [
-    ("train", "--arch resnet20 --batch-size 1", ["--batch-size 1"]),
-    ("train", "--arch resnet32 --shape {root}/runs/search/shape.json", ["resnet20", "resnet32"]),
-    ("train", "--shape {root}/nowhere.json", ["{root}/nowhere.json"]),
-    ("train", "--shape {root}/runs", ["{root}/runs"]),
-    ("train", "--shape {root}/runs/search/shape.json --image-size 16", ["image_size 8", "16"]),
-    ("train", "--arch resnet20 --transfer kd", ["--transfer kd", "--teacher"]),
-    ("train", "--arch resnet20 --transfer init", ["--transfer init", "--teacher"]),
-    ("train", "--arch resnet32 --teacher {root}/runs/teacher", ["resnet20", "resnet32"]),
-    ("train", "--arch resnet20 --teacher {root}/runs/search", ["{root}/runs/search", "weights.pt"]),
-    ("train", "--arch resnet20 --teacher {root}/half", ["{root}/half", "weights.pt"]),
-    ("train", "--arch resnet20 --teacher {root}/nowhere", ["{root}/nowhere"]),
-    ("train", "--arch resnet20 --teacher {root}/runs/search/shape.json",
-     ["shape.json", "weights.pt"]),
-    ("train", "--arch resnet20 --teacher {root}/runs/pruned",
-     ["{root}/runs/pruned", "pruned network"]),
-    ("train", "--init {root}/other --shape {root}/runs/search", ["--shape"]),
-    ("train", "--init {root}/other --arch resnet32", ["resnet20"]),
-    ("train", "--arch resnet20 --out {root}/half/run.json", ["{root}/half/run.json", "--out"]),
-    ("train", "--arch resnet20 --out {root}/half/run.json/new",
-     ["{root}/half/run.json/new", "--out"]),
-    ("train", "--arch resnet20 --out {root}/data", ["{root}/data", "--out"]),
-    ("train", "--arch resnet20 --out /proc/nowhere", ["/proc/nowhere", "--out"]),
-    ("search", "--method random --search depth --flops 0.01", ["possible are"]),
-    ("search", "--method uniform --flops 0.0004", ["--flops"]),
-    ("search", "--method uniform --search depth", ["uniform", "--search"]),
-    ("search", "--method tas --search depth --flops 0.01", ["possible are"]),
-    # Before the teacher is trained:
-    ("prune", "--flops 50", ["--flops 50"]),
-    ("prune", "--search depth --flops 0.01", ["possible are"]),
-    ("prune", "--batch-size 13", ["half of the search"]),
-    ("prune", "--teacher {root}/nowhere", ["{root}/nowhere"]),
-    ("prune", "--teacher {root}/runs/pruned", ["pruned network"]),
-    ("prune", "--init {root}/other --teacher {root}/other", ["--init"]),
-    ("prune", "--init {root}/other --transfer none", ["--init"]),
-    ("prune", "--epochs 3 --flops 0.4 --out {root}/runs",
-     ["target was", "prune keeps its teacher with --teacher DIR"])]
+        "--transfer": "copy", "--device": "nonsense cuda:99 meta", "--arch": "vgg resnt56",
+        "--data": "cifar11", "--wrong": "3", "--flops": "0.5", "--weight": "0.1"},
+    "search": {
+        "--flops": "0 1.5 abc nan inf -0.5 900G M 20000000 2.6M 3ms", "--num-samples": "9 0",
+        "--search": "all", "--method": "grid", "--sampler": "hard", "--align": "crop",
+        "--round": "0", "--tolerance": "0", "--arch-lr": "nan", "--batch-size": "13",
+        "--teacher": "x"}}
+WRONG_TOGETHER = {
+    "train": [
+        ("--arch vgg", "resnet56"),
+        ("--arch resnet32 --shape {root}/runs/search/shape.json", "resnet20", "resnet32"),
+        ("--shape {root}/nowhere.json", "{root}/nowhere.json"),
+        ("--shape {root}/runs", "{root}/runs"),
+        ("--shape {root}/runs/search/shape.json --image-size 16", "image_size 8", "16"),
+        ("--transfer kd", "--transfer kd", "--teacher"),
+        ("--transfer init", "--transfer init", "--teacher"),
+        ("--arch resnet32 --teacher {root}/runs/teacher", "resnet20", "resnet32"),
+        ("--teacher {root}/runs/search", "{root}/runs/search", "weights.pt"),
+        ("--teacher {root}/half", "{root}/half", "weights.pt"),
+        ("--teacher {root}/nowhere", "{root}/nowhere"),
+        ("--teacher {root}/runs/search/shape.json", "shape.json", "weights.pt"),
+        ("--teacher {root}/runs/pruned", "{root}/runs/pruned", "pruned network"),
+        ("--init {root}/other --shape {root}/runs/search", "--shape"),
+        ("--init {root}/other --arch resnet32", "resnet20"),
+        ("--out {root}/half/run.json", "{root}/half/run.json", "--out"),
+        ("--out {root}/half/run.json/new", "{root}/half/run.json/new", "--out"),
+        ("--out {root}/data", "{root}/data", "--out"),
+        ("--out /proc/nowhere", "/proc/nowhere", "--out")],
+    "search": [
+        ("--method random --search depth --flops 0.01", "possible are"),
+        ("--method uniform --flops 0.0004", "--flops"),
+        ("--method uniform --search depth", "uniform", "--search"),
+        ("--method tas --search depth --flops 0.01", "possible are")],
+    "prune": [  # before the first step
+        ("--flops 50", "--flops 50"), ("--search depth --flops 0.01", "possible are"),
+        ("--batch-size 13", "half of the search"), ("--teacher {root}/nowhere", "{root}/nowhere"),
+        ("--teacher {root}/runs/pruned", "pruned network"),
+        ("--init {root}/other --teacher {root}/other", "--init"),
+        ("--init {root}/other --transfer none", "--init"),
+        ("--epochs 3 --flops 0.4 --out {root}/runs", "target was",
+         "prune keeps its teacher with --teacher DIR")]}
 
 @pytest.mark.parametrize("line, words", [
-    ("train --arch vgg " + ONE, ["vgg", "resnet56"]), ("train " + ONE, ["--arch"]),
-    ("search " + ONE, ["--arch"]), ("train --arch resnet20 --epochs 1", ["--data"]),
-    ("trian --arch resnet20 " + ONE, ["trian", "train"]), ("", ["COMMAND"]),
+    ("train " + ONE, ["--arch"]), ("search " + ONE, ["--arch"]), ("", ["COMMAND"]),
+    ("trian --arch resnet20 " + ONE, ["trian", "train"]),
+    ("train --arch resnet20 --epochs 1", ["--data"]),
     ("train --data synthetic --image-size 16 --arch resnet20", ["--image-size"]),
     ("eval --data synthetic --epochs 3 DIR", ["--epochs"]),
     ("eval --data synthetic {root}/whole", ["--image-size"]),
@@ -1639,10 +1624,10 @@ WRONG_TOGETHER = [
       for words in ("--teacher ''", "--shape ''", "--shape=", "--epochs=--", "--out ''",
                     "--data-dir=", "--teacher=--quiet")],
     *[(f"{command} --arch resnet20 {ONE} {flag} {value}", [flag, value])
-      for command, flags in WRONG_VALUES
+      for command, flags in WRONG_VALUES.items()
       for flag, values in flags.items() for value in values.split()],
-    *[(f"{command} {ONE} {flags}" + " --arch resnet20" * (command != "train"), words)
-      for command, flags, words in WRONG_TOGETHER]])
+    *[(f"{command} --arch resnet20 {ONE} {flags}", words)
+      for command, rows in WRONG_TOGETHER.items() for flags, *words in rows]])
 def test_wrong_command_lines(root, capfd, line, words):
     check_refused(capfd, root, line, *words)
 
@@ -1685,15 +1670,12 @@ def cut(name, size):
 def remove(*names):
     return lambda world: [shutil.rmtree(world / name) for name in names]
 
-def other_images(names):
-    """Other classes in the place of "ab"."""
+def other_images(*names):
+    """Classes of these names in the place of a and b."""
     def spoil(world):
         shutil.rmtree(world / "data")
         write_images(world / "data", names)
     return spoil
-
-def deep_image(mode, suffix):
-    return lambda world: Image.new(mode, (8, 8), 500).save(world / f"data/train/a/deep.{suffix}")
 
 def pipe(name):
     def spoil(world):
@@ -1701,95 +1683,83 @@ def pipe(name):
         os.mkfifo(world / name)
     return spoil
 
-def entries(name, **changes):
-    return lambda world: change_json(world / name, changes)
-
 def shape_file(**changes):
     return write("shape.json", json.dumps(GOOD | changes).encode())
 
-def state(name, change):
+def state(change, name="half/last.ckpt"):
     return lambda world: change_state(world / name, change)
 
 def momentum(change):
-    """Of the first parameter, whose buffer a fused optimiser would write past the end of."""
+    """Of the first parameter; a fused optimiser would write past the end of the buffer."""
     def spoil(state):
         buffers = state["parts"]["optimizer"]["state"][0]
         buffers["momentum_buffer"] = change(buffers["momentum_buffer"])
-    return lambda world: change_state(world / "half/last.ckpt", spoil)
+    return state(spoil)
 
 def exchange_shape(world):
     shutil.rmtree(world / "runs/pruned")
     tas.Shape.load(world / "runs/search").full.save(world / "runs/search/shape.json")
 
-def other_world_size(world):
-    info = tas.read_json(world / "half/run.json")
-    change_json(world / "half/run.json", {"settings": info["settings"] | {"world": 2}})
-
-WHOLE = TRAIN + " --out {root}/whole"
 EVAL = f"eval {CHEAP} --data-dir {{root}}/data {{root}}/"
-FROM_SHAPE = f"train {ONE} --shape {{root}}/shape.json"
 SPOILED = [
     # Images that are missing, cannot be read, or would be read as others.
-    (remove("data"), NEW, ["{root}/data/train"]),
-    (lambda world: [shutil.rmtree(world / "data"), (world / "data").mkdir()], NEW,
-     ["{root}/data/train"]),
-    (remove("data/train"), NEW, ["{root}/data/train"]),
-    (lambda world: [shutil.rmtree(world / "data/train"), (world / "data/train").touch()], NEW,
-     ["{root}/data/train"]),
-    (remove("data/val"), NEW, ["{root}/data", "val/", "tools/split.py"]),
-    (remove("data/train/b", "data/val/b"), NEW, ["one class"]),
-    (lambda world: [path.unlink() for path in (world / "data/train/b").iterdir()], NEW,
-     ["{root}/data/train", "b"]),
-    (lambda world: (world / "data/val/b").rename(world / "data/val/zebra"), NEW, ["b, zebra"]),
-    (write("data/train/b/3.png", b"no image"), NEW, ["{root}/data/train/b/3.png"]),
-    (cut("data/train/b/3.png", 60), NEW, ["{root}/data/train/b/3.png"]),
-    (cut("data/train/b/3.png", 60), NEW + " --workers 2", ["{root}/data/train/b/3.png"]),
-    (lambda world: cut_jpeg(world / "data/val/a/cut.jpeg"), NEW + " --workers 2",
-     ["{root}/data/val/a/cut.jpeg"]),
-    *[(deep_image(mode, suffix), NEW, [f"deep.{suffix}", f"mode {mode}"])
-      for mode, suffix in (("I;16", "png"), ("F", "tif"), ("I", "tif"))],
-    *[(lambda world, to=to: (world / "data/train/a/loop").symlink_to(to), NEW, ["train/a/loop"])
-      for to in (".", "..", "../b")],
-    (pipe("data/train/a/x.png"), NEW, ["x.png"]),
+    *[(spoil, NEW, words) for spoil, *words in (
+        (remove("data"), "{root}/data/train"), (remove("data/train"), "{root}/data/train"),
+        (lambda world: [shutil.rmtree(world / "data"), (world / "data").mkdir()],
+         "{root}/data/train"),
+        (lambda world: [shutil.rmtree(world / "data/train"), (world / "data/train").touch()],
+         "{root}/data/train"),
+        (remove("data/val"), "{root}/data", "val/", "tools/split.py"),
+        (remove("data/train/b", "data/val/b"), "one class"),
+        (lambda world: [path.unlink() for path in (world / "data/train/b").iterdir()],
+         "{root}/data/train", "b"),
+        (lambda world: (world / "data/val/b").rename(world / "data/val/zebra"), "b, zebra"),
+        (write("data/train/b/3.png", b"no image"), "{root}/data/train/b/3.png"),
+        (cut("data/train/b/3.png", 60), "{root}/data/train/b/3.png"),
+        (pipe("data/train/a/x.png"), "x.png"),
+        *[(lambda world, mode=mode, name=name: Image.new(mode, (8, 8), 500).save(world / name),
+           name, f"mode {mode}") for mode, name in (
+               ("I;16", "data/train/a/x.png"), ("F", "data/train/a/x.tif"),
+               ("I", "data/train/a/y.tif"))],
+        *[(lambda world, to=to: (world / "data/train/a/loop").symlink_to(to), "train/a/loop")
+          for to in (".", "..", "../b")])],
+    *[(spoil, NEW + " --workers 2", words) for spoil, *words in (
+        (cut("data/train/b/3.png", 60), "{root}/data/train/b/3.png"),
+        (lambda world: cut_jpeg(world / "data/val/a/cut.jpeg"), "{root}/data/val/a/cut.jpeg"))],
     # Images of another run.
-    *[(lambda world: Image.new("RGB", (8, 8), (1, 2, 3)).save(world / "data/train/a/0.png"), line,
-       ["fingerprint was "]) for line in (HALF, WHOLE)],
-    (other_images(["dog", "emu"]), WHOLE, ["fingerprint was "]),
-    (other_images(["dog", "emu"]), EVAL + "whole", ["['a', 'b']", "['dog', 'emu']"]),
-    (other_images("abc"), NEW + " --teacher {root}/runs/teacher", ["2", "3", "classes"]),
-    (other_images("abc"), EVAL + "runs/pruned", ["2", "3", "classes"]),
+    *[(lambda world: Image.new("RGB", (8, 8), (1, 2, 3)).save(world / "data/train/a/0.png"),
+       f"{TRAIN} --out {{root}}/{name}", ["fingerprint was "]) for name in ("half", "whole")],
+    (other_images("dog", "emu"), TRAIN + " --out {root}/whole", ["fingerprint was "]),
+    (other_images("dog", "emu"), EVAL + "whole", ["['a', 'b']", "['dog', 'emu']"]),
+    (other_images(*"abc"), EVAL + "runs/pruned", ["2", "3", "classes"]),
+    (other_images(*"abc"), NEW + " --teacher {root}/runs/teacher", ["2", "3", "classes"]),
     # Shapes.
-    (shape_file(stem=1000), FROM_SHAPE, ["{root}/shape.json", "stem", "1000"]),
-    (shape_file(num_classes=3), FROM_SHAPE, ["{root}/shape.json", "num_classes 3", "2"]),
-    (shape_file(extra=1), FROM_SHAPE, ["{root}/shape.json", "extra"]),
-    (write("shape.json", b""), FROM_SHAPE, ["{root}/shape.json"]),
-    (pipe("shape.json"), FROM_SHAPE, ["{root}/shape.json"]),
+    *[(spoil, NEW + " --shape {root}/shape.json", ["{root}/shape.json", *words])
+      for spoil, *words in (
+          (shape_file(stem=1000), "stem", "1000"), (shape_file(extra=1), "extra"),
+          (shape_file(num_classes=3), "num_classes 3", "2"), (write("shape.json", b""),),
+          (pipe("shape.json"),))],
     *[(exchange_shape, line, ["{root}/runs/search", "the search"])
       for line in (PRUNE + " --out {root}/runs", DISTIL + " --out {root}/new")],
     # Files of a run.
     *[(write("half/run.json", content), HALF, ["{root}/half/run.json"]) for content in (
-        b"", b"{", b"[]", b"{}", b'{"settings": []}', b'{"settings": null}')],
-    (entries("half/run.json", settings={}), HALF, ["{root}/half/run.json"]),
-    (other_world_size, HALF, ["world was 2, now 1"]),
+        b"", b"{", b"[]", b"{}", b'{"settings": []}', b'{"settings": null}', b'{"settings": {}}')],
     (write("runs/search/run.json", b"[]"), GUIDED + " --out {root}/new",
      ["{root}/runs/search/run.json"]),
-    (state("runs/teacher/weights.pt", lambda state: state["bn1.running_mean"].add_(1)),
+    (state(lambda state: state["bn1.running_mean"].add_(1), "runs/teacher/weights.pt"),
      PRUNE + " --out {root}/runs", ["teacher was "]),
-    (cut("half/last.ckpt", 100_000), HALF, ["{root}/half/last.ckpt", "delete it"]),
-    (cut("half/last.ckpt", 0), HALF, ["{root}/half/last.ckpt", "delete it"]),
-    (write("half/last.ckpt", b"hello"), HALF, ["{root}/half/last.ckpt", "delete it"]),
-    (pipe("half/last.ckpt"), HALF, ["{root}/half/last.ckpt", "delete it"]),
-    (lambda world: torch.save([1, 2], world / "half/last.ckpt"), HALF,
-     ["{root}/half/last.ckpt", "delete it"]),
-    (lambda world: shutil.copy(world / "runs/search/last.ckpt", world / "half/last.ckpt"), HALF,
-     ["{root}/half/last.ckpt", "other settings"]),
-    *[(state("half/last.ckpt", lambda state, name=name: state.pop(name)), HALF,
-       ["{root}/half/last.ckpt", "--out"]) for name in ("parts", "metrics", "settings", "rng")],
-    (state("half/last.ckpt", lambda state: state["parts"]["net"].popitem()), HALF,
-     ["{root}/half/last.ckpt", "--out"]),
-    *[(momentum(change), HALF, ["{root}/half/last.ckpt", "--out"]) for change in (
-        lambda t: t[:1], lambda t: t.double(), lambda t: t.new_zeros(1),
-        lambda t: t.new_zeros(t.numel() * 2)[::2].view(t.shape))]]
+    *[(spoil, HALF, ["{root}/half/last.ckpt", remedy]) for spoil, remedy in (
+        (cut("half/last.ckpt", 100_000), "delete it"), (cut("half/last.ckpt", 0), "delete it"),
+        (write("half/last.ckpt", b"hello"), "delete it"), (pipe("half/last.ckpt"), "delete it"),
+        (lambda world: torch.save([1, 2], world / "half/last.ckpt"), "delete it"),
+        (lambda world: shutil.copy(world / "runs/search/last.ckpt", world / "half"),
+         "other settings"),
+        *[(state(lambda state, name=name: state.pop(name)), "--out")
+          for name in ("parts", "metrics", "settings", "rng")],
+        (state(lambda state: state["parts"]["net"].popitem()), "--out"),
+        *[(momentum(change), "--out") for change in (
+            lambda t: t[:1], lambda t: t.double(), lambda t: t.new_zeros(1),
+            lambda t: t.new_zeros(t.numel() * 2)[::2].view(t.shape))])]]
 
 @pytest.mark.parametrize("spoil, line, words", SPOILED)
 def test_spoiled_files_are_refused(world, capfd, spoil, line, words):
@@ -2010,21 +1980,21 @@ def die():
 def child(event, number, line, out, rank, world, port):
     """What a process of `fork` does. It leaves its output and what it has seen in `out`."""
     seen = {"calls": 0, "checkpoints": 0, "steps": 0, "memory": [], "nets": [], "wrote": []}
-    begin, plain_step, plain_write = tas.Run.__init__, tas.take_step, tas.write_file
-    rename = os.replace
 
     def is_last(name):
         seen[name] += 1
         return rank == world - 1 and name == event and seen[name] == number
 
+    def note_memory():
+        seen["memory"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
     def profile(frame, *_):  # a call or return of a function of tas.py, or of one that it calls
         if frame.f_code.co_filename == tas.__file__ and is_last("calls"):
             die()
 
-    def begin_run(*args, **settings):  # what comes before leaves nothing
+    def begin(*_):  # what comes before leaves nothing
         if event == "calls":
             sys.setprofile(profile)
-        begin(*args, **settings)
 
     def uncounted(function):  # one that is most of all calls, and leaves nothing
         def call(*inputs):
@@ -2035,17 +2005,12 @@ def child(event, number, line, out, rank, world, port):
             return result
         return call
 
-    def step(args, net, *rest):
+    def step(args, net, *_):
         if not any(net is other for other in seen["nets"]):
             seen["nets"].append(net)
         if is_last("steps"):
             die()
-        seen["memory"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        return plain_step(args, net, *rest)
-
-    def replace(old, new):
-        seen["wrote"].append(str(new))
-        rename(old, new)
+        note_memory()
 
     def write(path, content):
         if Path(path).name == "last.ckpt" and is_last("checkpoints"):
@@ -2053,7 +2018,6 @@ def child(event, number, line, out, rank, world, port):
             die()
         if Path(path).name == "shape.json" and world > 1:
             time.sleep(1)  # a slow disk: nobody may read what is not yet there
-        plain_write(path, content)
 
     signal.alarm(LIMIT)
     if world > 1:
@@ -2062,11 +2026,14 @@ def child(event, number, line, out, rank, world, port):
     os.dup2(os.open(out / f"out{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 1)
     tas.SYNTHETIC_IMAGES = 1024, 64
     tas.plan_search, tas.extract = uncounted(tas.plan_search), uncounted(tas.extract)
-    tas.Run.__init__, tas.take_step, tas.write_file = begin_run, step, write
-    os.replace = replace
+    patch = pytest.MonkeyPatch()  # never undone
+    spy(patch, tas.Run, "__init__", begin)
+    spy(patch, tas, "take_step", step)
+    spy(patch, tas, "write_file", write)
+    spy(patch, os, "replace", lambda _, new: seen["wrote"].append(str(new)))
     status = tas.main(line.split())
     sys.setprofile(None)
-    seen["memory"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    note_memory()
     seen["nets"] = [{**net.state_dict()} for net in seen["nets"]]
     torch.save(seen, out / f"seen{rank}")
     sys.stdout.flush()
@@ -2392,9 +2359,10 @@ def test_a_search_under_another_cost(root, tmp_path, capfd):
         assert min(cost[-1][0][0], 10) < last["argmax_macs"] < 2 * full
     write_costs(tmp_path / "cost.json", space, 2)
     check_refused(capfd, root, f"{line}share --budget 0.7", "cost was", tmp=tmp_path)
-    for flags, word in (("--budget 2", "--flops 2"), ("--budget 3kg", "3kg"),
-                        ("--budget 0.7 --method uniform", "uniform"),
-                        ("--budget 0.0001", "possible are")):
+    for flags, word in (("--budget 0.7 --method uniform", "uniform"),
+                        ("--budget 0.0001", "possible are"),
+                        *[(f"--budget {text}", f"--flops {text}:")
+                          for text in ("2", "3kg", "3M", "mJ", "0mJ")]):
         check_refused(capfd, root, f"{line}x {flags}", word, tmp=tmp_path)
 
 def test_the_halves_of_the_search_do_not_mix(tmp_path, monkeypatch):
