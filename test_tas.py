@@ -1974,9 +1974,6 @@ def test_errors_of_the_machine_are_one_line(root, capfd, monkeypatch, error, wor
 
 # ---- Interruptions ------------------------------------------------------------------------------
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
 def child(event, number, line, out, rank, world, port):
     """What a process of `fork` does. It leaves its output and what it has seen in `out`."""
     seen = {"calls": 0, "checkpoints": 0, "steps": 0, "memory": [], "nets": [], "wrote": []}
@@ -1984,6 +1981,9 @@ def child(event, number, line, out, rank, world, port):
     def is_last(name):
         seen[name] += 1
         return rank == world - 1 and name == event and seen[name] == number
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def note_memory():
         seen["memory"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -2137,19 +2137,12 @@ def test_large_images_do_not_depend_on_workers_or_interruptions(tmp_path, monkey
 
 # ---- Several processes --------------------------------------------------------------------------
 
-def start(line, *python, **options):
-    """Start a command as a process of its own."""
-    line = [sys.executable, *(python or [tas.__file__]), *line.split()]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen(line, text=True, cwd=HERE, **options)
-
-def finish(process):
-    """Exit status, output and error output of a process."""
-    try:
-        out, err = process.communicate(timeout=LIMIT)
-    finally:
-        process.kill()
-    return process.returncode, out, err
+def start(line, *python, stdout=subprocess.PIPE):
+    """Run a command as a process of its own: its exit status, output and error output."""
+    words = [sys.executable, *(python or [tas.__file__]), *line.split()]
+    done = subprocess.run(words, text=True, cwd=HERE, timeout=LIMIT, stdout=stdout,
+                          stderr=subprocess.PIPE)
+    return done.returncode, done.stdout, done.stderr
 
 def test_two_processes_agree(root, tmp_path):
     runs, out = tmp_path / "runs", tmp_path / "out"
@@ -2165,8 +2158,8 @@ def test_two_processes_agree(root, tmp_path):
     assert tas.load(runs / "pruned").shape == tas.Shape.load(runs / "search")
     # As a user types it.
     line = TRAIN.format(root=root) + f" --epochs 3 --out {tmp_path}/teacher"
-    status, said, err = finish(start(line, "-m", "torch.distributed.run", "--standalone",
-                                     "--nproc_per_node=2", tas.__file__))
+    status, said, err = start(line, "-m", "torch.distributed.run", "--standalone",
+                              "--nproc_per_node=2", tas.__file__)
     assert status == 0 and said.count("teacher 3/3") == 1, err
     check_same_run(tmp_path / "teacher", runs / "teacher")
 
@@ -2315,10 +2308,9 @@ def test_training_goes_on_from_weights(root, tmp_path, monkeypatch):
     assert len(seen) == 5 and not identical(seen[-1], seen[0])
 
 @pytest.mark.parametrize("switch, share", [
-    ("", 0.5), ("--flops 0.9", 0.9), ("--flops 1.4M", 1.4e6 / 2550912), ("--search width", 0.5),
-    ("--search depth --flops 0.65", 0.65), ("--round 8", 0.5), ("--method random", 0.5),
-    ("--method uniform", 0.5), ("--method random --search width --round 4", 0.5),
-    ("--method uniform --round 2", 0.5)])
+    ("--flops 1.4M", 1.4e6 / 2550912), ("--search width", 0.5), ("--round 8", 0.5),
+    ("--search depth --flops 0.65", 0.65), ("--method random", 0.5), ("--method uniform", 0.5),
+    ("--method random --search width --round 4", 0.5), ("--method uniform --round 2", 0.5)])
 def test_the_shape_is_what_the_switches_say(root, tmp_path, switch, share):
     assert run(f"{SEARCH} {switch} --out {{tmp}}/run", root=root, tmp=tmp_path) == 0
     assert abs(macs_share(tmp_path / "run") / share - 1) <= 0.05 + 1e-6
@@ -2355,8 +2347,7 @@ def test_a_search_under_another_cost(root, tmp_path, capfd):
         assert f"{found:.4g} mJ, target {target:.4g} mJ" in capfd.readouterr().out
         info = tas.read_json(tmp_path / name / "run.json")
         assert info["settings"]["unit"] == "mJ" and info["result"]["cost"] == pytest.approx(found)
-        last = read_metrics(tmp_path / name)[-1]
-        assert min(cost[-1][0][0], 10) < last["argmax_macs"] < 2 * full
+        assert 0 < read_metrics(tmp_path / name)[-1]["argmax_macs"] < 2 * full
     write_costs(tmp_path / "cost.json", space, 2)
     check_refused(capfd, root, f"{line}share --budget 0.7", "cost was", tmp=tmp_path)
     for flags, word in (("--budget 0.7 --method uniform", "uniform"),
@@ -2421,8 +2412,8 @@ def test_a_run_keeps_its_precision(root, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # nothing is native
     spy(monkeypatch, tas, "evaluate", lambda net, split, args: seen.append(args.precision))
     for precision in ("auto", "fp32"):
-        assert run(f"eval {{tmp}}/run {CHEAP} --data-dir {{root}}/data --precision {precision}",
-                   root=root, tmp=tmp_path) == 0
+        line = f"eval {CHEAP} --data-dir {root}/data {tmp_path}/run --precision {precision}"
+        assert run(line) == 0
     assert seen == ["bf16", "fp32"]
 
 # ---- What the commands say, and what they take --------------------------------------------------
@@ -2491,9 +2482,9 @@ def test_what_is_recorded_and_printed_of_odd_names(root, tmp_path, capfd):
 def test_a_reader_that_has_seen_enough(root, tmp_path):
     read, write = os.pipe()
     os.close(read)
-    process = start(TRAIN.format(root=root) + f" --out {tmp_path}", stdout=write)
+    line = TRAIN.format(root=root) + f" --out {tmp_path}"
+    assert start(line, stdout=write) == (141, None, "")
     os.close(write)
-    assert finish(process) == (141, None, "")
 
 @pytest.mark.parametrize("command", ["", "train", "search", "prune", "eval"])
 def test_help_fits_one_screen(capsys, monkeypatch, command):
@@ -2508,7 +2499,7 @@ def test_import_is_light():
     names = "matplotlib", "torchvision", "tqdm"
     code = "import sys, torch; before = set(sys.modules); import tas; " \
            f"print([n for n in {names} if n in set(sys.modules) - before])"
-    assert finish(start("", "-c", code)) == (0, "[]\n", "")
+    assert start("", "-c", code) == (0, "[]\n", "")
 
 def test_metrics_of_the_machine(root):
     for part in ("teacher", "search"):
