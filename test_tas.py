@@ -2,7 +2,7 @@
 
 First what a reader reads, in the order of the file: shapes and their cost, networks, the
 transformable network, the search objective, knowledge transfer, data, training and search. Then
-commands, faults and bad input.
+faults and bad input, mostly as tables. Last what the commands leave and say.
 """
 import collections
 import contextlib
