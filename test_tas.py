@@ -2,7 +2,7 @@
 
 First what a reader reads, in the order of the file: shapes and their cost, networks, the
 transformable network, the search objective, knowledge transfer, data, training and search. Then
-commands, faults and bad input.
+faults and bad input, mostly as tables. Last what the commands leave and say.
 """
 import collections
 import contextlib
@@ -27,6 +27,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 from pathlib import Path
@@ -77,6 +78,16 @@ def chi_square(counts, probabilities):
     expected = counts.sum() * probabilities
     return float(((counts - expected) ** 2 / expected).sum()) / (len(counts) - 1)
 
+def spy(patch, owner, name, look):
+    """Call look(*inputs) before each call of a function."""
+    plain = getattr(owner, name)
+
+    def call(*inputs, **named):
+        look(*inputs)
+        return plain(*inputs, **named)
+
+    patch.setattr(owner, name, call)
+
 # ---- Shapes and their cost ----------------------------------------------------------------------
 
 def slow_macs(shape):
@@ -117,6 +128,36 @@ def random_shape(arch, seed, widest=1, **fields):
     stages = [[[width(c) for c in widths] for widths in blocks[:rng.randint(1, len(blocks))]]
               for blocks in full.stages]
     return dataclasses.replace(full, stem=width(full.stem), stages=stages, **fields)
+
+@settings(max_examples=40)
+@given(st.sampled_from(CIFAR + IMAGENET), st.integers(0, 2 ** 32), st.integers(8, 1024),
+       st.integers(2, 25_000))
+def test_shapes_are_saved_and_loaded(tmp_path_factory, arch, seed, size, classes):
+    path = tmp_path_factory.getbasetemp() / "round-trip.json"
+    shape = random_shape(arch, seed, 8, image_size=size, num_classes=classes)
+    shape.save(path)
+    again = tas.Shape.load(path)
+    assert again == shape == tas.Shape.load(str(path)) and hash(again) == hash(shape)
+    assert json.loads(path.read_text()) == {
+        "arch": arch, "num_classes": classes, "image_size": size, "stem": shape.stem,
+        "stages": shape.stages}
+    assert shape.convs == [shape.stem, *itertools.chain(*itertools.chain(*shape.stages))]
+    assert list(path.parent.glob("round-trip*")) == [path]
+
+def test_shapes_are_values():
+    stages = [[[6, 4]], [[32, 32], [9, 19]], [[64, 64]]]
+    shape = tas.Shape("resnet20", 10, 32, 16, stages)
+    same = tas.Shape("resnet20", 10, 32, 16, tuple(tuple(map(tuple, s)) for s in stages))
+    assert same == shape and len({shape, same}) == 1
+    stages[0][0][0] = 7  # the Shape keeps its own lists
+    assert shape.stages[0][0][0] == 6
+    for change in (dict(stem=15), dict(num_classes=9), dict(image_size=31), dict(stages=stages)):
+        assert dataclasses.replace(shape, **change) != shape
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        shape.stem = 3
+    assert dataclasses.replace(shape, stem=8 * 16).stem == 128  # wider than the unpruned one
+    with pytest.raises(tas.TASError, match="stem"):
+        dataclasses.replace(shape, stem=8 * 16 + 1)
 
 @pytest.mark.parametrize("arch", CIFAR + IMAGENET)
 @settings(max_examples=4)
@@ -194,12 +235,46 @@ def all_shapes(space):
             stages = [[[next(widths) for _ in range(n)] for _ in range(d)] for d in depths]
             yield dataclasses.replace(space.full, stem=stem, stages=stages)
 
+def write_costs(path, space, seed):
+    """A file of other costs than MACs: random ones of every layer at every pair of candidates.
+    Returns the table."""
+    rng = random.Random(seed)
+    cost = [[[rng.choice([0, rng.random(), 10 * rng.random()]) for _ in range(space.num_widths)]
+             for _ in range(space.num_widths)] for _ in space.cost]
+    entries = {"arch": space.full.arch, "image_size": space.full.image_size, "unit": "mJ",
+               "widths": space.widths, "cost": cost}
+    path.write_text(json.dumps(entries))
+    return cost
+
+def slow_cost(space, cost, shape):
+    """A walk along the network: the stem, of each block its convs and its shortcut, the end."""
+    n, layer, conv, at = len(KERNELS[shape.arch]), 1, 1, space.widths[0].index(shape.stem)
+    total = cost[0][0][at]
+    for full, blocks in zip(space.full.stages, shape.stages):
+        for b in range(len(full)):
+            if b < len(blocks):
+                first = at
+                for i, width in enumerate(blocks[b]):
+                    k = space.widths[conv + i].index(width)
+                    total += cost[layer + i][at][k]
+                    at = k
+                total += cost[layer + n][first][at]
+            layer, conv = layer + n + 1, conv + n
+    return total + cost[layer][at][0]
+
 @functools.lru_cache(maxsize=None)
-def tiny_shapes(case, seed):
-    """A tiny space, its Shapes and their MACs."""
-    space = tiny_space(*TINY[case], seed)
+def tiny_shapes(case, seed, table=None):
+    """A tiny space, its Shapes, their costs, and the slow cost of one: MACs, or what a random table
+    says."""
+    space, slow = tiny_space(*TINY[case], seed), slow_macs
     shapes = list(all_shapes(space))
-    return space, shapes, torch.tensor([slow_macs(shape) for shape in shapes]).double()
+    if table is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            cost = write_costs(Path(folder, "cost.json"), space, table)
+            space.load_cost(Path(folder, "cost.json"))
+        slow = functools.partial(slow_cost, space, cost)
+    costs = torch.tensor([slow(shape) for shape in shapes], dtype=torch.float64)
+    return space, shapes, costs, slow
 
 def log_probability(space, shape, log_p, log_q):
     """Sum over the stem, the convs of the blocks that are kept, and the depths; lists of rows."""
@@ -221,22 +296,26 @@ def random_distribution(space, seed):
             row[:len(candidates)] = logits.softmax(0)
     return p, q
 
+@pytest.mark.parametrize("table", [None, 0, 1])
 @pytest.mark.parametrize("case", range(len(TINY)))
 @pytest.mark.parametrize("seed", [0, 1])
-def test_expected_macs_by_enumeration(case, seed):
-    """The sum over all Shapes of their probability times their MACs, with its gradient; entries
-    past the candidates of a row are ignored."""
-    space, shapes, macs = tiny_shapes(case, seed)
+def test_expected_cost_by_enumeration(case, seed, table):
+    """The sum over all Shapes of their probability times their cost, with its gradient; in MACs,
+    entries past the candidates of a row are ignored."""
+    space, shapes, costs, slow = tiny_shapes(case, seed, table)
+    for shape in shapes[::max(1, len(shapes) // 50)]:
+        assert math.isclose(space.cost_of(shape), slow(shape), rel_tol=1e-12)
     p, q = random_distribution(space, seed)
     log_p, log_q = p.log().tolist(), q.log().tolist()
     chance = [math.exp(log_probability(space, shape, log_p, log_q)) for shape in shapes]
     assert math.isclose(sum(chance), 1)
-    total = sum(c * m for c, m in zip(chance, macs.tolist()))
+    total = sum(c * one for c, one in zip(chance, costs.tolist()))
     assert math.isclose(tas.expected_macs(space, p, q), total, rel_tol=1e-12)
-    p[p == 0], q[q == 0] = 0.5, 0.5
+    if table is None:
+        p[p == 0], q[q == 0] = 0.5, 0.5
     assert math.isclose(tas.expected_macs(space, p, q), total, rel_tol=1e-12)
     p.requires_grad_(), q.requires_grad_()
-    assert torch.autograd.gradcheck(lambda p, q: tas.expected_macs(space, p, q) / 1e6, (p, q))
+    assert torch.autograd.gradcheck(lambda p, q: tas.expected_macs(space, p, q) / total, (p, q))
 
 @pytest.mark.parametrize("arch", CIFAR + IMAGENET)
 @settings(max_examples=4)
@@ -605,23 +684,25 @@ def test_extract_returns_the_argmax_in_the_band(arch, seed, off):
                        [row[:len(c)].argmax() for row, c in zip(beta, space.depths)])
     assert tas.extract(space, alpha, beta, slow_macs(most) / (1 + off)) == most
 
+@pytest.mark.parametrize("table", [None, 2])
 @pytest.mark.parametrize("case", range(len(TINY)))
 @settings(max_examples=12)
 @given(st.integers(0, 2), st.sampled_from([*KINDS][:-1]), st.integers(0, 2 ** 32),
        st.floats(0, 1), st.floats(-0.49, 0.49), st.floats(0.005, 0.3))
-def test_extract_by_enumeration(case, space_seed, kind, seed, which, off, tolerance):
+def test_extract_by_enumeration(case, table, space_seed, kind, seed, which, off, tolerance):
     """In the band, and no Shape in its inner half is more probable; the conv of a dropped block
     counts as much as its most probable width."""
-    space, shapes, macs = tiny_shapes(case, space_seed)
+    space, shapes, costs, slow = tiny_shapes(case, space_seed, table)
     alpha, beta = draw_logits(space, kind, seed)
-    target = float(macs[int(which * (len(macs) - 1))]) / (1 + off * tolerance)
+    target = float(costs[int(which * (len(costs) - 1))]) / (1 + off * tolerance)
     shape = tas.extract(space, alpha, beta, target, tolerance)
-    assert abs(slow_macs(shape) - target) <= tolerance * target
+    rounding = 0 if table is None else 1e-9  # MACs are whole
+    assert abs(slow(shape) - target) <= tolerance * target * (1 + rounding)
     log_p, log_q = (
         [(row - row.max()).tolist() for row in
          [row[:len(c)].double().log_softmax(0) for row, c in zip(logits, candidates)]]
         for logits, candidates in ((alpha, space.widths), (beta, space.depths)))
-    inner = ((macs - target).abs() <= tolerance * target / 2).nonzero().flatten().tolist()
+    inner = ((costs - target).abs() <= tolerance * target / 2).nonzero().flatten().tolist()
     best = max(log_probability(space, shapes[i], log_p, log_q) for i in inner)
     found = log_probability(space, shape, log_p, log_q)
     assert found >= best - 1e-9 * max(1, abs(found))
@@ -649,81 +730,6 @@ def test_extract_at_the_edges_of_what_is_possible(case):
                 tas.extract(space, alpha, beta, target, tolerance)
             for number in (macs[0], macs[-1], target):
                 assert f"{number:,.0f}" in str(caught.value)
-
-# Another cost than MACs: a table of a file.
-
-def write_costs(path, space, seed, **changes):
-    """A file of random costs of every layer at every pair of candidates; the table."""
-    rng = random.Random(seed)
-    cost = [[[rng.choice([0, rng.random(), 10 * rng.random()]) for _ in range(space.num_widths)]
-             for _ in range(space.num_widths)] for _ in space.cost]
-    entries = {"arch": space.full.arch, "image_size": space.full.image_size, "unit": "mJ",
-               "widths": space.widths, "cost": cost} | changes
-    path.write_text(json.dumps(entries))
-    return cost
-
-def slow_cost(space, shape, cost):
-    """A walk along the network: the stem, of each block its convs and its shortcut, the end."""
-    n, layer, conv, at = len(KERNELS[shape.arch]), 1, 1, space.widths[0].index(shape.stem)
-    total = cost[0][0][at]
-    for full, blocks in zip(space.full.stages, shape.stages):
-        for b in range(len(full)):
-            if b < len(blocks):
-                first = at
-                for i, width in enumerate(blocks[b]):
-                    k = space.widths[conv + i].index(width)
-                    total += cost[layer + i][at][k]
-                    at = k
-                total += cost[layer + n][first][at]
-            layer, conv = layer + n + 1, conv + n
-    return total + cost[layer][at][0]
-
-@pytest.mark.parametrize("case", range(len(TINY)))
-@settings(max_examples=8)
-@given(st.integers(0, 2), st.integers(0, 2 ** 32), st.floats(0, 1), st.floats(0.02, 0.3))
-def test_another_cost_by_enumeration(tmp_path_factory, case, space_seed, seed, which, tolerance):
-    """Its expectation is exact, and extract keeps to the band, as with MACs."""
-    space, shapes, _ = tiny_shapes(case, space_seed)
-    path = tmp_path_factory.getbasetemp() / "cost.json"
-    cost = write_costs(path, space, seed)
-    space.load_cost(path)
-    costs = [slow_cost(space, shape, cost) for shape in shapes]
-    costs = torch.tensor(costs, dtype=torch.float64)
-    assert all(math.isclose(space.cost_of(shape), c, abs_tol=1e-9)
-               for shape, c in zip(shapes[:50], costs))
-    p, q = random_distribution(space, seed % 1000)
-    log_p, log_q = p.log().tolist(), q.log().tolist()
-    chance = [math.exp(log_probability(space, shape, log_p, log_q)) for shape in shapes]
-    expected = sum(c * one for c, one in zip(chance, costs.tolist()))
-    assert math.isclose(tas.expected_macs(space, p, q), expected, rel_tol=1e-9)
-    alpha, beta = draw_logits(space, "large", seed)
-    target = float(costs[int(which * (len(costs) - 1))])
-    if target > 0:
-        found = slow_cost(space, tas.extract(space, alpha, beta, target, tolerance), cost)
-        assert abs(found - target) <= tolerance * target * (1 + 1e-9)
-
-@pytest.mark.parametrize("changes, word", [
-    ({"arch": "resnet32"}, "arch resnet32"), ({"image_size": 64}, "image_size 64"),
-    ({"widths": [[4, 16]]}, "widths"), ({"cost": [[1.0]]}, "table of costs"),
-    ({"cost": "many"}, "table of costs"), ({"unit": 3}, "table of costs"),
-    *[({"cost": bad}, "table of costs") for bad in (-1, math.nan, math.inf, None, [])]])
-def test_wrong_costs_are_refused_by_name(tmp_path, changes, word):
-    space = tas.Space("resnet20")
-    cost = write_costs(tmp_path / "cost.json", space, 0)
-    if word == "table of costs" and not isinstance(changes.get("cost", "x"), (str, list)):
-        cost[3][1][2] = changes["cost"]
-        changes = {"cost": cost}
-    write_costs(tmp_path / "cost.json", space, 0, **changes)
-    with pytest.raises(tas.TASError, match=f"cost.json.*{word}"):
-        space.load_cost(tmp_path / "cost.json")
-
-def test_extract_of_nan_is_an_error():
-    space = tas.Space("resnet20")
-    for which in (0, 1):
-        logits = draw_logits(space, "small", 0)
-        logits[which][0] = math.nan
-        with pytest.raises(tas.TASError, match="NaN"):
-            tas.extract(space, *logits, 2e7)
 
 def test_drawn_shapes():
     """Uniform where the band leaves them alone; else in the band, and all different."""
@@ -918,6 +924,68 @@ def test_a_linear_model_cannot_separate_the_synthetic_data():
         accuracies.append(float(((test_x @ w).argmax(1) == test_y).float().mean()))
     assert max(accuracies) < 0.4
 
+def write_images(root, classes="ab", train=12, val=4, size=8, mode="RGB"):
+    """An ImageFolder of noise; the classes differ in brightness."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val)):
+        for c, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                shape, brightest = (size, size, 3), min(176 + 40 * c, 256)
+                pixels = rng.integers(40 * c, brightest, shape, dtype=np.uint8)
+                Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA"])
+def test_other_kinds_of_images_are_converted(tmp_path, mode):
+    write_images(tmp_path, mode=mode)
+    data = tas.load_data("folder", str(tmp_path), 8, torch.device("cpu"), 0)
+    for split, part in ((data.train, "train"), (data.test, "val")):
+        files = sorted((tmp_path / part).rglob("*.png"))
+        images = np.stack([Image.open(file).convert("RGB") for file in files])
+        assert split.pixels[:-1].numpy().tobytes() == images.tobytes() and images.std() > 0
+
+def make_photographs(root):
+    """JPEG files of smooth colours, of many sizes, one of them grey and one for printers."""
+    rng = np.random.default_rng(1)
+    for part, count in (("train", 8), ("val", 3)):
+        for name in ("n01", "n02"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+                image = Image.fromarray(coarse).resize((90 + 7 * i, 120 - 2 * i), Image.BICUBIC)
+                image = image.convert({0: "L", 1: "CMYK"}.get(i, "RGB"))
+                image.save(root / part / name / f"{name}_{i}.JPEG")
+
+@pytest.mark.parametrize("size, resized", [(32, 32), (64, 64), (72, 82)])
+def test_test_images_are_resized_and_cropped(tmp_path, size, resized):
+    """The shorter side to the size, or 256/224 of a large one; then the centre."""
+    make_photographs(tmp_path)
+    data = tas.load_data("folder", str(tmp_path), size, torch.device("cpu"), 0)
+    [(images, labels)] = data.test.batches(torch.arange(6), 6, False)
+    assert labels.tolist() == [0] * 3 + [1] * 3 and images.shape == (6, 3, size, size)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    for x, path in zip(images, sorted((tmp_path / "val").rglob("*.JPEG"))):
+        image = Image.open(path).convert("RGB")
+        short = min(image.size)
+        image = image.resize([int(resized * side / short) for side in image.size], Image.BILINEAR)
+        left, top = [round((side - size) / 2) for side in image.size]
+        pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+        expected = torch.tensor((pixels / 255 - mean) / std).permute(2, 0, 1).float()
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
+        assert torch.equal(tas.preprocess(Image.open(path), size), x[None])
+
+def test_fingerprints_tell_large_images_apart(tmp_path):
+    def of(name):
+        data = tas.load_data("folder", str(tmp_path / name), 66, torch.device("cpu"), 0)
+        return tas.fingerprint(data)
+
+    write_images(tmp_path / "one", size=66)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert of("one") == of("two")
+    (tmp_path / "two/train/a/0.png").rename(tmp_path / "two/train/a/x.png")
+    assert of("one") != of("two")
+
 # ---- Training and search ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arch", ["resnet20", "resnet164", "resnet18"])
@@ -989,21 +1057,21 @@ def adam_step(logits, loss, moments, t, lr):
 def means(names, rows):
     return {name: statistics.fmean(column) for name, column in zip(names, zip(*rows))}
 
-def slow_training(data, net, teacher, epochs, batch, warmup, decay, kd):
-    """The training as the paper tells it; `warmup` in steps, `kd` the weight and the temperature of
-    distillation. Returns what is to be logged."""
+def slow_training(data, net, teacher, epochs, warmup, highest, decay, kd):
+    """The training as the paper tells it, in batches of 16; `warmup` in steps, `highest` learning
+    rate, `kd` the weight and the temperature of distillation. Returns what is to be logged."""
     weights, count, i, log = list(net.parameters()), len(data.train.labels), 0, []
-    velocity, steps = [torch.zeros_like(w) for w in weights], epochs * (count // batch)
+    velocity, steps = [torch.zeros_like(w) for w in weights], epochs * (count // 16)
     for epoch in range(epochs):
         net.train()
         seen = []
-        for x, y in data.train.batches(torch.randperm(count), batch, True):
-            lr = 0.1 * (1 + math.cos(math.pi * (i - warmup) / (steps - warmup))) / 2
+        for x, y in data.train.batches(torch.randperm(count), 16, True):
+            lr = highest * (1 + math.cos(math.pi * (i - warmup) / (steps - warmup))) / 2
             if i < warmup:
-                lr = 0.1 * (i + 1) / warmup
+                lr = highest * (i + 1) / warmup
             z = net(x)
             loss = cross_entropy(z, y)
-            if teacher:  # in evaluation mode
+            if kd:  # the teacher is in evaluation mode
                 loss = slow_kd(z, teacher(x).detach(), y, *kd)
             sgd_step(weights, loss, velocity, lr, decay)
             seen.append((loss.item(), accuracy(z, y)))
@@ -1018,14 +1086,15 @@ def slow_training(data, net, teacher, epochs, batch, warmup, decay, kd):
     assert i == steps
     return log
 
-def slow_search(data, net, target, tolerance, num_samples, gumbel, arch_lr, cost_weight, taus):
+def slow_search(data, net, target, seed, highest, decay, tolerance, num_samples, gumbel, arch_lr,
+                cost_weight, taus):
     """The search as the paper tells it: three epochs of ten steps of eight images. Returns what is
     to be logged, and the signs of the cost loss."""
     space, sizes, i, log, signs = net.space, [net.alpha, net.beta], 0, [], []
     weights = [p for name, p in net.named_parameters() if name not in ("alpha", "beta")]
     velocity = [torch.zeros_like(w) for w in weights]
     moments = [(torch.zeros_like(s), torch.zeros_like(s)) for s in sizes]
-    first, second = tas.split_halves(data.train.labels, 0)
+    first, second = tas.split_halves(data.train.labels, seed)
 
     def size_up():
         p, q = net.alpha.softmax(1), net.beta.softmax(1)
@@ -1041,8 +1110,8 @@ def slow_search(data, net, target, tolerance, num_samples, gumbel, arch_lr, cost
         for (x, y), (val_x, val_y) in zip(*batches):
             z = net(x, tas.sample_sizes(net.alpha, net.beta, tau, num_samples, gumbel))
             loss = cross_entropy(z, y)
-            lr = 0.1 * (1 + math.cos(math.pi * i / 30)) / 2
-            sgd_step(weights, loss, velocity, lr, 5e-4)
+            lr = highest * (1 + math.cos(math.pi * i / 30)) / 2
+            sgd_step(weights, loss, velocity, lr, decay)
 
             val_z = net(val_x, tas.sample_sizes(net.alpha, net.beta, tau, num_samples, gumbel))
             val_loss, (expected, actual) = cross_entropy(val_z, val_y), size_up()
@@ -1072,42 +1141,44 @@ def check_run(path, log, saved, net):
 MEASURED = "seconds", "images_per_second", "memory_mb"  # metrics that differ between equal runs
 PRUNED = "--shape {tmp}/resnet20.json --teacher {tmp}/teacher"
 
-@pytest.mark.parametrize("options, epochs, count, warmup, decay, kd, classes", [
-    ("--arch resnet20", 2, 167, 2, 5e-4, None, 10),
-    (PRUNED, 2, 167, 2, 5e-4, (0.9, 4), 10),
-    (PRUNED + " --kd-weight 0.3 --kd-temperature 2", 2, 167, 2, 5e-4, (0.3, 2), 10),
-    (PRUNED + " --transfer init", 2, 167, 2, 5e-4, None, 10),
-    (PRUNED + " --transfer init+kd", 2, 167, 2, 5e-4, (0.9, 4), 10),
-    ("--shape {tmp}/resnet164.json", 2, 167, 2, 5e-4, None, 10),
-    ("--shape {tmp}/resnet18.json", 2, 167, 2, 5e-4, None, 10),
-    ("--arch resnet20 --image-size 65", 2, 167, 2, 1e-4, None, 101),  # as of large images
-    ("--arch resnet20", 54, 20, 5, 5e-4, None, 10)])
-def test_training_is_the_slow_loop(float64, run_small, tmp_path, options, epochs, count, warmup,
-                                   decay, kd, classes):
-    data = run_small(f"train {options} --epochs {epochs} --batch-size 16", count, classes)
+@pytest.mark.parametrize("options, changes", [
+    ("--arch resnet20", {}), (PRUNED, dict(kd=(0.9, 4))), (PRUNED + " --transfer none", {}),
+    (PRUNED + " --kd-weight 0.3 --kd-temperature 2", dict(kd=(0.3, 2))),
+    (PRUNED + " --transfer init", {}), (PRUNED + " --transfer init+kd", dict(kd=(0.9, 4))),
+    ("--shape {tmp}/resnet164.json", {}), ("--shape {tmp}/resnet18.json", {}),
+    ("--arch resnet20 --seed 3 --lr 0.2 --weight-decay 0.01",
+     dict(seed=3, highest=0.2, decay=0.01)),
+    ("--arch resnet20 --image-size 65", dict(classes=101, decay=1e-4)),  # as of large images
+    ("--arch resnet20 --epochs 54", dict(count=20, epochs=54, warmup=5))])
+def test_training_is_the_slow_loop(float64, run_small, tmp_path, options, changes):
+    """Two epochs of ten steps, or many of one."""
+    loop = dict(epochs=2, warmup=2, highest=0.1, decay=5e-4, kd=None, seed=0, count=167,
+                classes=10) | changes
+    count, classes, seed = (loop.pop(name) for name in ("count", "classes", "seed"))
+    data = run_small(f"train --epochs 2 --batch-size 16 {options}", count, classes)
     teacher = tas.load(tmp_path / "teacher")
     [path] = re.findall(r"{tmp}/(\w+.json)", options) or ["teacher/shape.json"]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     shape = dataclasses.replace(tas.Shape.load(tmp_path / path), num_classes=classes)
     net = tas.ResNet(shape)
     if "init" in options:
         tas.inherit_weights(net, teacher)
-    log = slow_training(data, net, teacher if kd else None, epochs, 16, warmup, decay, kd)
+    log = slow_training(data, net, teacher, **loop)
     check_run(tmp_path / "run", log, tas.load_tensors(tmp_path / "run" / "weights.pt"), net)
 
 @pytest.mark.parametrize("options, round_to, align, share, loop", [
-    ("", 1, "cwi", 0.5, dict(tolerance=0.05, num_samples=2, gumbel=True, arch_lr=0.05,
-                             cost_weight=2, taus=(10, 5.05, 0.1))),
-    ("--round 8 --align pad --flops 0.45 --tolerance 0.15 --num-samples 3 --sampler softmax "
-     "--arch-lr 0.02 --cost-weight 0.5 --tau-start 4 --tau-end 2", 8, "pad", 0.45,
-     dict(tolerance=0.15, num_samples=3, gumbel=False, arch_lr=0.02, cost_weight=0.5,
-          taus=(4, 3, 2)))])
+    ("", 1, "cwi", 0.5, dict(seed=0, highest=0.1, decay=5e-4, tolerance=0.05, num_samples=2,
+                             gumbel=True, arch_lr=0.05, cost_weight=2, taus=(10, 5.05, 0.1))),
+    ("--round 8 --align pad --flops 0.45 --seed 3 --lr 0.2 --weight-decay 0.01 --tolerance 0.15 "
+     "--num-samples 3 --sampler softmax --arch-lr 0.02 --cost-weight 0.5 --tau-start 4 --tau-end 2",
+     8, "pad", 0.45, dict(seed=3, highest=0.2, decay=0.01, tolerance=0.15, num_samples=3,
+                          gumbel=False, arch_lr=0.02, cost_weight=0.5, taus=(4, 3, 2)))])
 def test_search_is_the_slow_loop(float64, run_small, tmp_path, options, round_to, align, share,
                                  loop):
     data = run_small(f"search --arch resnet20 --epochs 3 --batch-size 8 {options}")
     space = tas.Space("resnet20", 10, 8, round_to=round_to)
     target = round(share * slow_macs(space.full))
-    torch.manual_seed(0)
+    torch.manual_seed(loop["seed"])
     net = tas.SuperResNet(space, align)
     log, signs = slow_search(data, net, target, **loop)
     assert set(signs) == {-1, 0, 1}  # so that all parts of the cost loss are seen
@@ -1117,17 +1188,15 @@ def test_search_is_the_slow_loop(float64, run_small, tmp_path, options, round_to
     assert tas.Shape.load(tmp_path / "run") == shape
 
 @pytest.mark.parametrize("line, expected", [
-    ("train --arch resnet20", dict(epochs=300, batch_size=256, lr=0.1, weight_decay=5e-4,
-                                   transfer="none", kd_weight=0.9, kd_temperature=4)),
-    ("train --arch resnet20 --image-size 65", dict(epochs=120, weight_decay=1e-4)),
+    ("train --arch resnet20", dict(epochs=300, batch_size=256)),
+    ("train --arch resnet20 --image-size 65", dict(epochs=120)),
     ("search --arch resnet20 --image-size 65", dict(epochs=120, weight_decay=1e-4)),
-    ("search --arch resnet20", dict(  # 600 steps, so that the rate of alpha is the highest
-        epochs=600, batch_size=256, lr=0.1, weight_decay=5e-4, target=1275712, tolerance=0.05,
-        num_samples=2, sampler="gumbel", align="cwi", method="tas", search="both", round=1,
-        cost_weight=2, tau_start=10, tau_end=0.1, arch_lr=0.05)),
+    ("search --arch resnet20",  # 600 steps
+     dict(epochs=600, batch_size=256, tolerance=0.05, arch_lr=0.05)),
     ("search --arch resnet20 --batch-size 8", dict(arch_lr=59 / (37 * 600))),
     ("search --arch resnet20 --batch-size 8 --epochs 9999", dict(arch_lr=1e-3))])
 def test_defaults(run_small, monkeypatch, tmp_path, line, expected):
+    """Those that the slow loops do not use; the rate of alpha depends on the number of steps."""
     def stop(*_):
         raise tas.TASError("stop")
 
@@ -1178,20 +1247,15 @@ STEPS = [("train --arch resnet20 --batch-size 16", 1), (f"train {PRUNED} --batch
 @pytest.mark.parametrize("line, parts", STEPS)
 def test_an_epoch_does_not_wait_for_the_device(run_small, monkeypatch, line, parts):
     """From its first step to the measuring at its end."""
-    take_step, mean_of_steps, steps = tas.take_step, tas.mean_of_steps, []
+    steps = []
     with contextlib.ExitStack() as guard:
-        def first(*inputs):
+        def look(*inputs):
             if not steps:
                 guard.enter_context(no_host_sync())
-            steps.append(take_step(*inputs))
-            return steps[-1]
+            steps.append(inputs)
 
-        def last(*inputs):
-            guard.close()
-            return mean_of_steps(*inputs)
-
-        monkeypatch.setattr(tas, "take_step", first)
-        monkeypatch.setattr(tas, "mean_of_steps", last)
+        spy(monkeypatch, tas, "take_step", look)
+        spy(monkeypatch, tas, "mean_of_steps", lambda *_: guard.close())
         run_small(f"{line} --epochs 1")
     assert len(steps) == 10 * parts
 
@@ -1240,37 +1304,132 @@ def test_a_search_step_is_one_graph(loss, inputs):
         values.add(minimised.item())
     assert counter.frame_count == 1 and len(values) == 20
 
-# ---- Shape files --------------------------------------------------------------------------------
+# ---- Commands in small worlds -------------------------------------------------------------------
 
-@settings(max_examples=40)
-@given(st.sampled_from(CIFAR + IMAGENET), st.integers(0, 2 ** 32), st.integers(8, 1024),
-       st.integers(2, 25_000))
-def test_shapes_are_saved_and_loaded(tmp_path_factory, arch, seed, size, classes):
-    path = tmp_path_factory.getbasetemp() / "round-trip.json"
-    shape = random_shape(arch, seed, 8, image_size=size, num_classes=classes)
-    shape.save(path)
-    again = tas.Shape.load(path)
-    assert again == shape == tas.Shape.load(str(path)) and hash(again) == hash(shape)
-    assert json.loads(path.read_text()) == {
-        "arch": arch, "num_classes": classes, "image_size": size, "stem": shape.stem,
-        "stages": shape.stages}
-    assert shape.convs == [shape.stem, *itertools.chain(*itertools.chain(*shape.stages))]
-    assert list(path.parent.glob("round-trip*")) == [path]
+LIMIT = 240  # seconds; only against hangs
+os.environ["OMP_NUM_THREADS"] = "1"  # in other processes as in this one
+RESULTS = ("run.json", "metrics.jsonl", "last.ckpt", "shape.json", "weights.pt")
+CHEAP = "--data folder --image-size 8 --batch-size 6 --workers 0 --precision fp32"
+TRAIN = f"train {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 2"
+SEARCH = f"search {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 3"
+PRUNE = f"prune {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 3"
+DISTIL = f"train {CHEAP} --data-dir {{root}}/data --shape {{root}}/runs/search --epochs 3"
+GUIDED = DISTIL + " --teacher {root}/runs/teacher"
+ONE = f"{CHEAP} --data-dir {{root}}/data --epochs 1 --out {{root}}/new"
+NEW = f"train --arch resnet20 {ONE}"
+HALF = TRAIN + " --out {root}/half"
 
-def test_shapes_are_values():
-    stages = [[[6, 4]], [[32, 32], [9, 19]], [[64, 64]]]
-    shape = tas.Shape("resnet20", 10, 32, 16, stages)
-    same = tas.Shape("resnet20", 10, 32, 16, tuple(tuple(map(tuple, s)) for s in stages))
-    assert same == shape and len({shape, same}) == 1
-    stages[0][0][0] = 7  # the Shape keeps its own lists
-    assert shape.stages[0][0][0] == 6
-    for change in (dict(stem=15), dict(num_classes=9), dict(image_size=31), dict(stages=stages)):
-        assert dataclasses.replace(shape, **change) != shape
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        shape.stem = 3
-    assert dataclasses.replace(shape, stem=8 * 16).stem == 128  # wider than the unpruned one
-    with pytest.raises(tas.TASError, match="stem"):
-        dataclasses.replace(shape, stem=8 * 16 + 1)
+def run(line, **places):
+    """Run a command in this process."""
+    return tas.main(shlex.split(line.format(**places)))
+
+def tree(root):
+    """Content of every file below a directory, without locks."""
+    return {p: p.read_bytes() for p in sorted(root.rglob("[!.]*")) if p.is_file()}
+
+def read_metrics(directory):
+    """Lines of metrics.jsonl, if there is one, without the entries that may differ between runs."""
+    path = directory / "metrics.jsonl"
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
+
+def read_result(directory):
+    """What a finished run gave, without its time."""
+    return tas.read_json(directory / "run.json")["result"] | {"seconds": 0}
+
+def macs_share(directory):
+    """MACs of a run's network, as a share of the unpruned one's."""
+    shape = tas.Shape.load(directory)
+    return tas.count_macs(shape) / tas.count_macs(shape.full)
+
+def change_json(path, change):
+    """Write these bytes, or change these entries of the object that is there."""
+    if isinstance(change, dict):
+        change = json.dumps(tas.read_json(path) | change).encode()
+    path.write_bytes(change)
+
+def change_state(path, change):
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+def identical(a, b):
+    """Whether two nested states are the same to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return a == b
+
+def check_same_run(a, b):
+    """The same files with the same result to the last bit, and the same state to go on from."""
+    searched = "tau" in read_metrics(a)[0]
+    for path in (a, b):
+        assert sorted(p.name for p in path.glob("[!.]*")) == sorted(RESULTS[:5 - searched])
+    assert read_metrics(a) == read_metrics(b)
+    assert (a / "shape.json").read_bytes() == (b / "shape.json").read_bytes()
+    if not searched:
+        assert identical(*[tas.load_tensors(p / "weights.pt") for p in (a, b)])
+    assert identical(*[tas.load_tensors(p / "last.ckpt")["parts"] for p in (a, b)])
+    assert read_result(a) == read_result(b)
+
+def check_parts(base, expected):
+    for part in ("teacher", "search", "pruned"):
+        check_same_run(base / part, expected / part)
+
+def stop_while_writing(patch, nth, name="last.ckpt"):
+    """Interrupt in the middle of writing the nth file of that name."""
+    count = itertools.count(1)
+
+    def look(path, content):
+        if Path(path).name == name and next(count) == nth:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(f"{path}.tmp").write_bytes(bytes(content)[:100])
+            raise KeyboardInterrupt
+
+    spy(patch, tas, "write_file", look)
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A directory with `data`, `runs` made by prune, `other`, a second teacher, `whole`, a short
+    training, and `half`, the same interrupted."""
+    root = tmp_path_factory.mktemp("world")
+    write_images(root / "data")
+    assert run(PRUNE + " --out {root}/runs", root=root) == 0
+    assert run(TRAIN + " --seed 1 --out {root}/other", root=root) == 0
+    assert run(TRAIN + " --out {root}/whole", root=root) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_while_writing(patch, 2)
+        assert run(HALF, root=root) == 130
+    return root
+
+@pytest.fixture
+def world(root, tmp_path):
+    """A copy of that directory, to be changed."""
+    yield shutil.copytree(root, tmp_path / "world")
+    shutil.rmtree(tmp_path / "world")
+
+def one_line(capture):
+    """The only line on stderr."""
+    err = capture.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+\n", err), err
+    return err
+
+def check_refused(capture, root, line, *words, **places):
+    """Exit status 2, one line that names the thing, and no file changed or made."""
+    before = tree(root)
+    capture.readouterr()
+    assert run(line, root=root, **places) == 2
+    err = one_line(capture)
+    for word in words:
+        assert word.replace("{root}", str(root)) in err
+    after = tree(root)
+    shutil.rmtree(root / "new", ignore_errors=True)  # for the other tests
+    assert after == before
+
+# ---- Wrong shapes, costs and targets ------------------------------------------------------------
 
 FULL = dataclasses.asdict(tas.Shape.unpruned("resnet20", 10))
 WRONG = [None, True, False, 0, -1, -10 ** 400, 10 ** 300, 25_001, 3.0, -0.5, math.nan, "", "16",
@@ -1326,378 +1485,58 @@ def test_files_that_are_no_shape(tmp_path):
     with pytest.raises(tas.TASError, match="cannot write"):
         tas.Shape(**FULL).save(tmp_path / "x.json" / "shape.json")
 
-# ---- Commands, in small worlds -----------------------------------------------------------------
+def set_cost(value):
+    return lambda entries: entries["cost"][3][1].__setitem__(2, value)
 
-LIMIT = 240  # seconds; only against hangs
-os.environ["OMP_NUM_THREADS"] = "1"  # in other processes as in this one
-RESULTS = ("run.json", "metrics.jsonl", "last.ckpt", "shape.json", "weights.pt")
-CHEAP = "--data folder --image-size 8 --batch-size 6 --workers 0 --precision fp32"
-TRAIN = f"train {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 2"
-SEARCH = f"search {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 3"
-PRUNE = f"prune {CHEAP} --data-dir {{root}}/data --arch resnet20 --epochs 3"
-DISTIL = f"train {CHEAP} --data-dir {{root}}/data --shape {{root}}/runs/search --epochs 3"
-GUIDED = DISTIL + " --teacher {root}/runs/teacher"
-ONE = f"{CHEAP} --data-dir {{root}}/data --epochs 1 --out {{root}}/new"
+@pytest.mark.parametrize("change, word", [
+    (lambda entries: entries.update(arch="resnet32"), "arch resnet32"),
+    (lambda entries: entries.update(image_size=64), "image_size 64"),
+    (lambda entries: entries["widths"].pop(), "widths"),
+    (lambda entries: entries.update(cost=[[1.0]]), "table of costs"),
+    (lambda entries: entries.update(cost="many"), "table of costs"),
+    (lambda entries: entries.update(unit=3), "table of costs"),
+    *[(set_cost(value), "table of costs") for value in (-1, math.nan, math.inf, None, [])]])
+def test_wrong_costs_are_refused_by_name(tmp_path, change, word):
+    space, path = tas.Space("resnet20"), tmp_path / "cost.json"
+    write_costs(path, space, 0)
+    space.load_cost(path)
+    entries = tas.read_json(path)
+    change(entries)
+    path.write_text(json.dumps(entries))
+    with pytest.raises(tas.TASError, match=f"cost.json.*{word}"):
+        space.load_cost(path)
 
-def run(line, **places):
-    """Run a command in this process."""
-    return tas.main(line.format(**places).split())
+def test_extract_of_nan_is_an_error():
+    space = tas.Space("resnet20")
+    for which in (0, 1):
+        logits = draw_logits(space, "small", 0)
+        logits[which][0] = math.nan
+        with pytest.raises(tas.TASError, match="NaN"):
+            tas.extract(space, *logits, 2e7)
 
-def start(line, *python, **options):
-    """Start a command as a process of its own."""
-    line = [sys.executable, *(python or [tas.__file__]), *line.split()]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen(line, text=True, cwd=HERE, **options)
+@pytest.mark.parametrize("unit, text, share", [
+    ("MACs", "0.5", 0.5), ("MACs", "1", 1), ("MACs", "20M", 20e6 / 40813184),
+    ("MACs", "9000k", 9e6 / 40813184), ("MACs", "0.02G", 20e6 / 40813184),
+    ("µs", "0.5", 0.5), ("µs", "20000000µs", 20e6 / 40813184), ("m²", "2e7m²", 20e6 / 40813184)])
+def test_targets(unit, text, share):
+    space = tas.Space("resnet20")
+    space.unit = unit
+    assert math.isclose(tas.parse_target(text, space), share * 40813184, rel_tol=1e-6)
 
-def finish(process):
-    """Exit status, output and error output of a process."""
-    try:
-        out, err = process.communicate(timeout=LIMIT)
-    finally:
-        process.kill()
-    return process.returncode, out, err
+@given(st.text(min_size=1), st.integers(1, 300))
+def test_messages_are_printable_and_short(text, repeats):
+    shown = tas.printable(text)
+    assert shown.isprintable() and (shown == text or not text.isprintable())
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        assert tas.complain(text * repeats) == 2
+    line = err.getvalue().removesuffix("\n")
+    assert line.isprintable() and len(line) <= 500
+    assert f"error: {shown * repeats}".startswith(line) and line.startswith("error: ")
 
-def write_images(root, classes="ab", train=12, val=4, size=8, mode="RGB"):
-    """An ImageFolder of noise; the classes differ in brightness."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", train), ("val", val)):
-        for c, name in enumerate(classes):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                shape, brightest = (size, size, 3), min(176 + 40 * c, 256)
-                pixels = rng.integers(40 * c, brightest, shape, dtype=np.uint8)
-                Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
-
-def tree(root):
-    """Content of every file below a directory, without locks."""
-    return {p: p.read_bytes() for p in sorted(root.rglob("[!.]*")) if p.is_file()}
-
-def read_metrics(directory):
-    """Lines of metrics.jsonl, without the entries that may differ between runs."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
-
-def read_result(directory):
-    """What a finished run gave, without its time."""
-    return tas.read_json(directory / "run.json")["result"] | {"seconds": 0}
-
-def macs_share(directory):
-    """MACs of a run's network, as a share of the unpruned one's."""
-    shape = tas.Shape.load(directory)
-    return tas.count_macs(shape) / tas.count_macs(shape.full)
-
-def change_json(path, change):
-    """Write these bytes, or change these entries of the object that is there."""
-    if isinstance(change, dict):
-        change = json.dumps(tas.read_json(path) | change).encode()
-    path.write_bytes(change)
-
-def identical(a, b):
-    """Whether two nested states are the same to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(identical, a, b))
-    return a == b
-
-def check_same_run(a, b):
-    """The same files with the same result to the last bit, and the same state to go on from."""
-    searched = "tau" in read_metrics(a)[0]
-    for path in (a, b):
-        assert sorted(p.name for p in path.glob("[!.]*")) == sorted(RESULTS[:5 - searched])
-    assert read_metrics(a) == read_metrics(b)
-    assert (a / "shape.json").read_bytes() == (b / "shape.json").read_bytes()
-    if not searched:
-        assert identical(*[tas.load_tensors(p / "weights.pt") for p in (a, b)])
-    assert identical(*[tas.load_tensors(p / "last.ckpt")["parts"] for p in (a, b)])
-    assert read_result(a) == read_result(b)
-
-def check_parts(base, expected):
-    for part in ("teacher", "search", "pruned"):
-        check_same_run(base / part, expected / part)
-
-def stop_while_writing(patch, nth, name="last.ckpt"):
-    """Interrupt in the middle of writing the nth file of that name."""
-    plain, count = tas.write_file, itertools.count(1)
-
-    def write(path, content):
-        if Path(path).name == name and next(count) == nth:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(f"{path}.tmp").write_bytes(bytes(content)[:100])
-            raise KeyboardInterrupt
-        plain(path, content)
-
-    patch.setattr(tas, "write_file", write)
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A directory with `data`, `runs` made by prune, `other`, a second teacher, `whole`, a short
-    training, and `half`, the same interrupted."""
-    root = tmp_path_factory.mktemp("world")
-    write_images(root / "data")
-    assert run(PRUNE + " --out {root}/runs", root=root) == 0
-    assert run(TRAIN + " --seed 1 --out {root}/other", root=root) == 0
-    assert run(TRAIN + " --out {root}/whole", root=root) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        stop_while_writing(patch, 2)
-        assert run(TRAIN + " --out {root}/half", root=root) == 130
-    return root
-
-@pytest.fixture
-def half(root, tmp_path):
-    """A copy of the interrupted run, and of its data."""
-    shutil.copytree(root / "data", tmp_path / "data")
-    return shutil.copytree(root / "half", tmp_path / "half")
-
-def one_line(capture):
-    """The only line on stderr."""
-    err = capture.readouterr().err
-    assert re.fullmatch(r"error: [^\n]+\n", err), err
-    return err
-
-def check_refused(capture, root, line, *words, **places):
-    """Exit status 2, one line that names the thing, and no file changed or made."""
-    before = tree(root)
-    capture.readouterr()
-    assert run(line, root=root, **places) == 2
-    err = one_line(capture)
-    for word in words:
-        assert word.format(root=root, **places) in err
-    after = tree(root)
-    shutil.rmtree(root / "new", ignore_errors=True)  # for the other tests
-    assert after == before
-
-# ---- Processes that die, and several at once ----------------------------------------------------
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def child(event, number, line, out, rank, world, port):
-    """What a process of `fork` does. It leaves its output and what it has seen in `out`."""
-    seen = {"calls": 0, "checkpoints": 0, "steps": 0, "memory": [], "nets": [], "wrote": []}
-    begin, plain_step, plain_write = tas.Run.__init__, tas.take_step, tas.write_file
-    rename = os.replace
-
-    def is_last(name):
-        seen[name] += 1
-        return rank == world - 1 and name == event and seen[name] == number
-
-    def profile(frame, *_):  # a call or return of a function of tas.py, or of one that it calls
-        if frame.f_code.co_filename == tas.__file__ and is_last("calls"):
-            die()
-
-    def begin_run(*args, **settings):  # what comes before leaves nothing
-        if event == "calls":
-            sys.setprofile(profile)
-        begin(*args, **settings)
-
-    def uncounted(function):  # one that is most of all calls, and leaves nothing
-        def call(*inputs):
-            profiler = sys.getprofile()
-            sys.setprofile(None)
-            result = function(*inputs)
-            sys.setprofile(profiler)
-            return result
-        return call
-
-    def step(args, net, *rest):
-        if not any(net is other for other in seen["nets"]):
-            seen["nets"].append(net)
-        if is_last("steps"):
-            die()
-        seen["memory"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        return plain_step(args, net, *rest)
-
-    def replace(old, new):
-        seen["wrote"].append(str(new))
-        rename(old, new)
-
-    def write(path, content):
-        if Path(path).name == "last.ckpt" and is_last("checkpoints"):
-            Path(f"{path}.tmp").write_bytes(bytes(content)[:1000])
-            die()
-        if Path(path).name == "shape.json" and world > 1:
-            time.sleep(1)  # a slow disk: nobody may read what is not yet there
-        plain_write(path, content)
-
-    signal.alarm(LIMIT)
-    if world > 1:
-        os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{world}", "MASTER_PORT": f"{port}",
-                       "MASTER_ADDR": "127.0.0.1"}
-    os.dup2(os.open(out / f"out{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 1)
-    tas.SYNTHETIC_IMAGES = 1024, 64
-    tas.plan_search, tas.extract = uncounted(tas.plan_search), uncounted(tas.extract)
-    tas.Run.__init__, tas.take_step, tas.write_file = begin_run, step, write
-    os.replace = replace
-    status = tas.main(line.split())
-    sys.setprofile(None)
-    seen["memory"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    seen["nets"] = [{**net.state_dict()} for net in seen["nets"]]
-    torch.save(seen, out / f"seen{rank}")
-    sys.stdout.flush()
-    os._exit(status)
-
-def fork(event, number, line, out, world=1):
-    """Run a command in so many processes, the last of which dies by kill -9 in the number-th of its
-    "calls", "checkpoints" or "steps". Returns their exit statuses, and what they have seen. They
-    start at once, as forks of a process that has imported everything."""
-    out.mkdir(exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the first fork
-        processes = [context.Process(target=child, args=(event, number, line, out, i, world, port))
-                     for i in range(world)]
-        for process in processes:
-            process.start()
-    for process in processes:
-        process.join()
-    seen = [torch.load(path) for path in sorted(out.glob("seen*"))]
-    return [process.exitcode for process in processes], seen
-
-# ---- Interruptions ------------------------------------------------------------------------------
-
-def test_killed_at_random_moments(root, tmp_path):
-    """kill -9 in calls drawn from all that an uninterrupted run makes."""
-    line, rng = PRUNE.format(root=root) + f" --out {tmp_path}/runs", random.Random(4)
-    status, [seen] = fork("calls", 0, line.replace("/runs", "/count"), tmp_path / "out")
-    assert status == [0]
-    finished = []  # epochs, after each try
-    for _ in range(5):
-        number = rng.randrange(seen["calls"] // 20, seen["calls"] // 3)
-        assert fork("calls", number, line, tmp_path / "out")[0] == [-signal.SIGKILL]
-        found = (tmp_path / "runs").glob("*/last.ckpt")
-        finished.append(sum(len(tas.load_tensors(path)["metrics"]) for path in found))
-    assert len(set(finished)) > 3, finished  # died in many places
-    assert run(line) == 0
-    check_parts(tmp_path / "runs", root / "runs")
-
-def test_killed_while_writing_checkpoints(root, tmp_path):
-    line = PRUNE.format(root=root) + f" --out {tmp_path}/runs"
-    for part, nth, finished in (("teacher", 3, 2), ("search", 3, 1), ("pruned", 4, 1)):
-        assert fork("checkpoints", nth, line, tmp_path / "out")[0] == [-signal.SIGKILL]
-        checkpoint = tmp_path / "runs" / part / "last.ckpt"
-        assert checkpoint.with_suffix(".ckpt.tmp").stat().st_size == 1000
-        assert len(tas.load_tensors(checkpoint)["metrics"]) == finished
-    assert run(line) == 0
-    check_parts(tmp_path / "runs", root / "runs")
-
-def test_interrupted_at_every_epoch_and_in_every_file(root, tmp_path, monkeypatch):
-    """Where the second checkpoint is not written, the first was, so that a try gets one epoch on.
-    At the end of a part come weights.pt (if any), shape.json and run.json."""
-    begin = [("run.json", 1), ("metrics.jsonl", 1), ("last.ckpt", 1)]
-    end = [("weights.pt", 1), ("shape.json", 1), ("run.json", 1)]
-    two = [("last.ckpt", 2)] * 2
-    for name, nth in [*begin, *two, *end, *begin[2:], *two, *end[1:], ("metrics.jsonl", 2),
-                      *two[1:], *end]:
-        with monkeypatch.context() as patch:
-            stop_while_writing(patch, nth, name)
-            assert run(PRUNE + " --out {tmp}/runs", root=root, tmp=tmp_path) == 130, (name, nth)
-    assert run(PRUNE + " --out {tmp}/runs", root=root, tmp=tmp_path) == 0
-    check_parts(tmp_path / "runs", root / "runs")
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_with_a_hint(root, tmp_path, monkeypatch, capfd, how):
-    plain, count = tas.take_step, itertools.count(1)
-
-    def step(*inputs):
-        if next(count) == 6:  # in the second epoch
-            os.kill(os.getpid(), how)
-        return plain(*inputs)
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
-    monkeypatch.setattr(tas, "take_step", step)
-    assert run(TRAIN + " --out {tmp}/run", root=root, tmp=tmp_path) == 130
-    err = capfd.readouterr().err
-    assert err.count("\n") == 1 and "same command" in err
-    assert len(tas.load_tensors(tmp_path / "run" / "last.ckpt")["metrics"]) == 1
-    assert run(TRAIN + " --out {tmp}/run", root=root, tmp=tmp_path) == 0
-    check_same_run(tmp_path / "run", root / "whole")
-
-def test_finished_parts_are_not_repeated(root, capsys):
-    before = {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("[!.]*")}
-    assert run(PRUNE + " --out {root}/runs", root=root) == 0
-    assert {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("[!.]*")} == before
-    assert "1/3" not in capsys.readouterr().out
-
-def test_large_images_do_not_depend_on_workers_or_interruptions(tmp_path, monkeypatch):
-    write_images(tmp_path / "data", train=4, size=90)
-    line = "train --data imagenet --data-dir {tmp}/data --image-size 72 --arch resnet18 " \
-           "--epochs 2 --batch-size 4 --precision fp32 --workers {n} --out {tmp}/{n}"
-    for n in (0, 2):
-        assert run(line, tmp=tmp_path, n=n) == 0
-    check_same_run(tmp_path / "0", tmp_path / "2")
-    with monkeypatch.context() as patch:
-        stop_while_writing(patch, 2)
-        assert run(line, tmp=tmp_path, n=1) == 130
-    assert run(line, tmp=tmp_path, n=1) == 0
-    check_same_run(tmp_path / "0", tmp_path / "1")
-
-def test_the_halves_of_the_search_do_not_mix(tmp_path, monkeypatch):
-    """Large images, whose split was used before: the batches come from either half in turn."""
-    write_images(tmp_path / "data", "abc", train=8, size=66)
-    data = tas.load_data("imagenet", f"{tmp_path}/data", 66, torch.device("cpu"), 0)
-    assert len(list(data.train.batches(torch.arange(24), 4, True))) == 6
-    pickle.dumps(data.train)  # as for worker processes that are not forks
-    seen, plain = [], tas.LargeImages.__getitem__
-    monkeypatch.setattr(tas.LargeImages, "__getitem__", lambda self, item: seen.append(
-        item[0]) or plain(self, item))
-    assert run("search --data imagenet --data-dir {tmp}/data --image-size 66 --arch resnet18 "
-               "--epochs 2 --batch-size 4 --precision fp32 --workers 0 --out {tmp}/run",
-               tmp=tmp_path) == 0
-    halves = [set(half.tolist()) for half in tas.split_halves(data.train.labels, 0)]
-    assert len(seen) == 48
-    for start in range(0, 48, 4):
-        assert set(seen[start:start + 4]) < halves[start // 4 % 2]
-
-# ---- Many processes -----------------------------------------------------------------------------
-
-def test_two_processes_agree(root, tmp_path):
-    runs, out = tmp_path / "runs", tmp_path / "out"
-    status, [a, b] = fork("", 0, PRUNE.format(root=root) + f" --out {runs}", out, 2)
-    assert status == [0, 0]
-    assert (out / "out0").read_text().count("search 3/3") == 1
-    assert (out / "out1").read_text() == ""  # only the first one speaks ...
-    assert len(a["wrote"]) > 10 and b["wrote"] == []  # ... and writes
-    assert len(a["nets"]) == 3 and identical(a["nets"], b["nets"])
-    for name, net in zip(("teacher", "search", "pruned"), a["nets"]):
-        assert identical({**tas.load_tensors(runs / name / "last.ckpt")["parts"]["net"]}, net)
-    assert 0.475 <= macs_share(runs / "search") <= 0.525
-    assert tas.load(runs / "pruned").shape == tas.Shape.load(runs / "search")
-    # As a user types it.
-    line = TRAIN.format(root=root) + f" --epochs 3 --out {tmp_path}/teacher"
-    status, said, err = finish(start(line, "-m", "torch.distributed.run", "--standalone",
-                                     "--nproc_per_node=2", tas.__file__))
-    assert status == 0 and said.count("teacher 3/3") == 1, err
-    check_same_run(tmp_path / "teacher", runs / "teacher")
-
-def test_two_processes_that_draw_a_shape(root, tmp_path):
-    """Nothing is learned, so the first process is at the end of it at once."""
-    line = SEARCH.format(root=root) + f" --method random --out {tmp_path}/run"
-    assert fork("", 0, line, tmp_path / "out", 2)[0] == [0, 0]
-    assert read_result(tmp_path / "run")["macs"] == tas.count_macs(tas.Shape.load(tmp_path / "run"))
-
-def test_a_dead_process_ends_the_run(root, tmp_path):
-    line = TRAIN.format(root=root) + f" --out {tmp_path}/run"
-    [first, second], _ = fork("steps", 6, line, tmp_path / "out", 2)
-    assert first not in (0, -signal.SIGALRM) and second == -signal.SIGKILL
-    assert len(tas.load_tensors(tmp_path / "run" / "last.ckpt")["metrics"]) == 1
-    assert not (tmp_path / "run" / "weights.pt").exists()
-
-def test_a_batch_that_processes_cannot_share(root, capfd, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    check_refused(capfd, root, f"train {ONE} --arch resnet20", "--batch-size 6", "4 processes")
-
-# ---- Settings -----------------------------------------------------------------------------------
+# ---- Wrong command lines ------------------------------------------------------------------------
 
 TRAIN_CHANGES = ["--epochs 9", "--lr 0.2", "--seed 4 --lr 0.3", "--batch-size 4", "--image-size 9",
-                 "--weight-decay 0.01", "--precision bf16"]
+                 "--weight-decay 0.01", "--precision bf16", "--init {root}/other"]
 SEARCH_CHANGES = ["--flops 0.6", "--tolerance 0.1", "--num-samples 3", "--sampler softmax",
                   "--align pad", "--round 2", "--arch-lr 0.01", "--search width", "--method random",
                   "--cost-weight 1.0", "--tau-start 5.0", "--tau-end 1.0"]
@@ -1713,200 +1552,93 @@ def test_other_settings_are_refused(root, capfd, line, flags, where):
     names = []
     for flag, value in re.findall(r"--(\S+) (\S+)", flags):
         name = {"flops": "target"}.get(flag, flag.replace("-", "_"))
-        names += [f"{name} was ", "now " if name in ("target", "teacher", "shape") else
-                  f"now {value}"]
+        is_converted = name in ("target", "teacher", "shape", "init")
+        names += [f"{name} was ", "now " if is_converted else f"now {value}"]
     check_refused(capfd, root, f"{line} {flags} --out {{root}}/{where}", "--out", *names)
 
-def test_every_setting_is_compared(tmp_path, half, capfd):
+def test_every_setting_is_compared(world, capfd):
     """A run that does not record one is another run."""
-    info = tas.read_json(half / "run.json")
-    for name in info["settings"]:
-        settings = {key: value for key, value in info["settings"].items() if key != name}
-        change_json(half / "run.json", {"settings": settings})
-        check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", f"{name} was not recorded")
+    info = tas.read_json(world / "half/run.json")
+    for name, value in info["settings"].items():
+        settings = {key: other for key, other in info["settings"].items() if key != name}
+        change_json(world / "half/run.json", {"settings": settings})
+        words = f"{name} was not recorded, now {str(value)[:60]}"
+        check_refused(capfd, world, HALF, words)
 
-def test_what_does_not_change_the_result_is_no_other_setting(root, tmp_path, half, capsys):
-    capsys.readouterr()
-    line = TRAIN + " --workers 1 --quiet --device cpu --out {root}/half"
-    assert run(line, root=tmp_path) == 0
-    check_same_run(half, root / "whole")
-    assert "half 2/2" not in capsys.readouterr().out
-
-@pytest.mark.parametrize("native, requested, expected", [
-    ({"avx512_bf16": True}, "auto", "bf16"), ({"amx_bf16": True}, "auto", "bf16"),
-    ({"avx512_f": True, "avx512_bf16": False}, "auto", "fp32"), ({}, "auto", "fp32"),
-    ({}, "bf16", "bf16"), ({"avx512_bf16": True}, "fp32", "fp32"), (True, "auto", "bf16"),
-    (False, "auto", "fp32")])
-def test_precision_is_a_rule(monkeypatch, native, requested, expected):
-    """bf16 where it is native: as the processor or CUDA says."""
-    args = tas.build_parser().parse_args(["eval", "DIR", "--data", "synthetic"])
-    args.precision, args.device = requested, torch.device("cpu" if isinstance(native, dict) else
-                                                          "cuda")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: native, raising=False)
-    assert tas.native_precision(args) == expected
-
-def test_a_run_keeps_its_precision(root, tmp_path, monkeypatch):
-    """It was begun where bf16 is native, and goes on and is evaluated where it is not."""
-    line = TRAIN.replace("fp32", "auto") + " --out {tmp}/run"
-    with monkeypatch.context() as patch:
-        patch.setattr(tas, "native_precision", lambda args: "bf16")
-        stop_while_writing(patch, 2)
-        assert run(line, root=root, tmp=tmp_path) == 130
-    monkeypatch.setattr(tas, "native_precision", lambda args: "fp32")
-    assert run(line, root=root, tmp=tmp_path) == 0
-    assert tas.read_json(tmp_path / "run" / "run.json")["precision"] == "bf16"
-    monkeypatch.undo()
-    assert run(TRAIN + " --precision bf16 --out {tmp}/whole", root=root, tmp=tmp_path) == 0
-    check_same_run(tmp_path / "run", tmp_path / "whole")
-    assert read_metrics(tmp_path / "run") != read_metrics(root / "whole")  # which is in fp32
-    seen, plain = [], tas.evaluate
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # nothing is native
-    monkeypatch.setattr(tas, "evaluate", lambda net, split, args: seen.append(
-        args.precision) or plain(net, split, args))
-    for precision in ("auto", "fp32"):
-        assert run(f"eval {{tmp}}/run {CHEAP} --data-dir {{root}}/data --precision {precision}",
-                   root=root, tmp=tmp_path) == 0
-    assert seen == ["bf16", "fp32"]
-
-# ---- Bad input ----------------------------------------------------------------------------------
-
-WRONG_TRAIN = {
-    "--epochs": "-3 0 two", "--batch-size": "0 25", "--lr": "nan -1 inf", "--seed": "-1",
-    "--workers": "-2", "--image-size": "7", "--precision": "fp8", "--weight-decay": "2",
-    "--transfer": "copy", "--device": "nonsense cuda:99 meta", "--arch": "resnt56",
-    "--data": "cifar11", "--wrong": "3", "--flops": "0.5"}
-WRONG_SEARCH = {
-    "--flops": "0 1.5 abc nan inf -0.5 900G M", "--num-samples": "9 0", "--search": "all",
-    "--method": "grid", "--sampler": "hard", "--align": "crop", "--round": "0", "--tolerance": "0",
-    "--arch-lr": "nan", "--batch-size": "13", "--teacher": "x"}
-OUT_OF_REACH = [
-    ("--method random --search depth --flops 0.01", ["possible are"]),
-    ("--method uniform --flops 0.0004", ["--flops"]),
-    ("--method uniform --search depth", ["uniform", "--search"]),
-    ("--method tas --search depth --flops 0.01", ["possible are"])]
-WRONG_PRUNE = [  # before the first step
-    ("--flops 50", ["--flops 50"]), ("--search depth --flops 0.01", ["possible are"]),
-    ("--batch-size 13", ["half of the search"]), ("--teacher {root}/nowhere", ["{root}/nowhere"]),
-    ("--teacher {root}/runs/pruned", ["pruned network"])]
-WRONG_PLACES = [
-    ("--arch resnet32 --shape {root}/runs/search/shape.json", ["resnet20", "resnet32"]),
-    ("--shape {root}/nowhere.json", ["{root}/nowhere.json"]),
-    ("--shape {root}/runs", ["{root}/runs"]),
-    ("--shape {root}/runs/search/shape.json --image-size 16", ["image_size 8", "16"]),
-    ("--arch resnet20 --transfer kd", ["--transfer kd", "--teacher"]),
-    ("--arch resnet20 --transfer init", ["--transfer init", "--teacher"]),
-    ("--arch resnet32 --teacher {root}/runs/teacher", ["resnet20", "resnet32"]),
-    ("--arch resnet20 --teacher {root}/runs/search", ["{root}/runs/search", "weights.pt"]),
-    ("--arch resnet20 --teacher {root}/half", ["{root}/half", "weights.pt"]),
-    ("--arch resnet20 --teacher {root}/nowhere", ["{root}/nowhere"]),
-    ("--arch resnet20 --teacher {root}/runs/search/shape.json", ["shape.json", "weights.pt"]),
-    ("--arch resnet20 --teacher {root}/runs/pruned", ["{root}/runs/pruned", "pruned network"]),
-    ("--arch resnet20 --out {root}/half/run.json", ["{root}/half/run.json", "--out"]),
-    ("--arch resnet20 --out {root}/half/run.json/new", ["{root}/half/run.json/new", "--out"]),
-    ("--arch resnet20 --out {root}/data", ["{root}/data", "--out"]),
-    ("--arch resnet20 --out /proc/nowhere", ["/proc/nowhere", "--out"])]
-NO_NETWORKS = ["nowhere", "half", "runs/search", "runs/search/shape.json"]
+WRONG_VALUES = {
+    "train": {
+        "--epochs": "-3 0 two", "--batch-size": "0 1 25", "--lr": "nan -1 inf", "--seed": "-1",
+        "--workers": "-2", "--image-size": "7", "--precision": "fp8", "--weight-decay": "2",
+        "--transfer": "copy", "--device": "nonsense cuda:99 meta", "--arch": "vgg resnt56",
+        "--data": "cifar11", "--wrong": "3", "--flops": "0.5", "--weight": "0.1"},
+    "search": {
+        "--flops": "0 1.5 abc nan inf -0.5 900G M 20000000 2.6M 3ms", "--num-samples": "9 0",
+        "--search": "all", "--method": "grid", "--sampler": "hard", "--align": "crop",
+        "--round": "0", "--tolerance": "0", "--arch-lr": "nan", "--batch-size": "13",
+        "--teacher": "x"}}
+WRONG_TOGETHER = {
+    "train": [
+        ("--arch vgg", "resnet56"),
+        ("--arch resnet32 --shape {root}/runs/search/shape.json", "resnet20", "resnet32"),
+        ("--shape {root}/nowhere.json", "{root}/nowhere.json"),
+        ("--shape {root}/runs", "{root}/runs"),
+        ("--shape {root}/runs/search/shape.json --image-size 16", "image_size 8", "16"),
+        ("--transfer kd", "--transfer kd", "--teacher"),
+        ("--transfer init", "--transfer init", "--teacher"),
+        ("--arch resnet32 --teacher {root}/runs/teacher", "resnet20", "resnet32"),
+        ("--teacher {root}/runs/search", "{root}/runs/search", "weights.pt"),
+        ("--teacher {root}/half", "{root}/half", "weights.pt"),
+        ("--teacher {root}/nowhere", "{root}/nowhere"),
+        ("--teacher {root}/runs/search/shape.json", "shape.json", "weights.pt"),
+        ("--teacher {root}/runs/pruned", "{root}/runs/pruned", "pruned network"),
+        ("--init {root}/other --shape {root}/runs/search", "--shape"),
+        ("--init {root}/other --arch resnet32", "resnet20"),
+        ("--out {root}/half/run.json", "{root}/half/run.json", "--out"),
+        ("--out {root}/half/run.json/new", "{root}/half/run.json/new", "--out"),
+        ("--out {root}/data", "{root}/data", "--out"),
+        ("--out /proc/nowhere", "/proc/nowhere", "--out")],
+    "search": [
+        ("--method random --search depth --flops 0.01", "possible are"),
+        ("--method uniform --flops 0.0004", "--flops"),
+        ("--method uniform --search depth", "uniform", "--search"),
+        ("--method tas --search depth --flops 0.01", "possible are")],
+    "prune": [  # before the first step
+        ("--flops 50", "--flops 50"), ("--search depth --flops 0.01", "possible are"),
+        ("--batch-size 13", "half of the search"), ("--teacher {root}/nowhere", "{root}/nowhere"),
+        ("--teacher {root}/runs/pruned", "pruned network"),
+        ("--init {root}/other --teacher {root}/other", "--init"),
+        ("--init {root}/other --transfer none", "--init"),
+        ("--epochs 3 --flops 0.4 --out {root}/runs", "target was",
+         "prune keeps its teacher with --teacher DIR")]}
 
 @pytest.mark.parametrize("line, words", [
-    ("train --arch vgg " + ONE, ["vgg", "resnet56"]), ("train " + ONE, ["--arch"]),
-    ("search " + ONE, ["--arch"]), ("train --arch resnet20 --epochs 1", ["--data"]),
-    ("trian --arch resnet20 " + ONE, ["trian", "train"]), ("", ["COMMAND"]),
+    ("train " + ONE, ["--arch"]), ("search " + ONE, ["--arch"]), ("", ["COMMAND"]),
+    ("trian --arch resnet20 " + ONE, ["trian", "train"]),
+    ("train --arch resnet20 --epochs 1", ["--data"]),
     ("train --data synthetic --image-size 16 --arch resnet20", ["--image-size"]),
     ("eval --data synthetic --epochs 3 DIR", ["--epochs"]),
     ("eval --data synthetic {root}/whole", ["--image-size"]),
-    *[(f"{command} --arch resnet20 {ONE} {flag} {value}", [flag, value])
-      for command, flags in (("train", WRONG_TRAIN), ("search", WRONG_SEARCH))
-      for flag, values in flags.items() for value in values.split()],
-    *[(f"train {ONE} {flags}", words) for flags, words in WRONG_PLACES],
-    *[(f"search --arch resnet20 {ONE} {flags}", words) for flags, words in OUT_OF_REACH],
-    *[(f"prune --arch resnet20 {ONE} {flags}", words) for flags, words in WRONG_PRUNE],
     *[(f"eval {{root}}/{name} --data folder --data-dir {{root}}/data", ["{root}/" + name])
-      for name in NO_NETWORKS]])
-def test_wrong_flags(root, capfd, line, words):
+      for name in ("nowhere", "half", "runs/search", "runs/search/shape.json")],
+    *[(f"{NEW} {words}", [re.split("[ =]", words)[0] + ": an empty or dashed value"])
+      for words in ("--teacher ''", "--shape ''", "--shape=", "--epochs=--", "--out ''",
+                    "--data-dir=", "--teacher=--quiet")],
+    *[(f"{command} --arch resnet20 {ONE} {flag} {value}", [flag, value])
+      for command, flags in WRONG_VALUES.items()
+      for flag, values in flags.items() for value in values.split()],
+    *[(f"{command} --arch resnet20 {ONE} {flags}", words)
+      for command, rows in WRONG_TOGETHER.items() for flags, *words in rows]])
+def test_wrong_command_lines(root, capfd, line, words):
     check_refused(capfd, root, line, *words)
 
-def cut_jpeg(path):
-    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path, quality=95)
-    path.write_bytes(path.read_bytes()[:3000])
-
-def remove_images(folder):
-    for path in folder.iterdir():
-        path.unlink()
-
-MISTAKES = {  # in a directory of data
-    "missing": shutil.rmtree, "no train": lambda base: shutil.rmtree(base / "train"),
-    "no val": lambda base: shutil.rmtree(base / "val"),
-    "empty": lambda base: [shutil.rmtree(base), base.mkdir()],
-    "one class": lambda base: [shutil.rmtree(base / part / "b") for part in ("train", "val")],
-    "class without images": lambda base: remove_images(base / "train" / "b"),
-    "classes differ": lambda base: (base / "val" / "b").rename(base / "val" / "zebra"),
-    "train is a file": lambda base: [shutil.rmtree(base / "train"), (base / "train").touch()],
-    "text": lambda base: (base / "train" / "b" / "3.png").write_text("no image"),
-    "png": lambda base: os.truncate(base / "train" / "b" / "3.png", 60),
-    "jpeg": lambda base: cut_jpeg(base / "val" / "a" / "cut.jpeg")}
-SMALL, LARGE = "--arch resnet20", "--arch resnet18 --image-size 72"
-
-@pytest.mark.parametrize("mistake, line, words", [
-    ("missing", SMALL, ["{base}/train"]), ("empty", SMALL, ["{base}/train"]),
-    ("no train", SMALL, ["{base}/train"]), ("no val", SMALL, ["{base}", "val/", "tools/split.py"]),
-    ("one class", SMALL, ["one class"]), ("class without images", SMALL, ["{base}/train", "b"]),
-    ("classes differ", SMALL, ["b, zebra"]), ("train is a file", SMALL, ["{base}/train"]),
-    ("text", SMALL, ["{base}/train/b/3.png"]), ("png", SMALL, ["{base}/train/b/3.png"]),
-    ("png", SMALL + " --workers 2", ["{base}/train/b/3.png"]),
-    ("jpeg", SMALL + " --workers 2", ["{base}/val/a/cut.jpeg"])])
-def test_wrong_data(tmp_path, capfd, mistake, line, words):
-    write_images(tmp_path / "data")
-    MISTAKES[mistake](tmp_path / "data")
-    check_refused(capfd, tmp_path, f"train {ONE} {line}", *words, base=tmp_path / "data")
-
-@pytest.mark.parametrize("mistake, line, name", [
-    ("png", LARGE, "train/b/3.png"), ("jpeg", LARGE + " --workers 2", "val/a/cut.jpeg")])
-def test_unreadable_large_images_are_named(tmp_path, capfd, mistake, line, name):
-    """When it is their turn, so that a run directory has been made."""
-    write_images(tmp_path / "data", size=80)
-    MISTAKES[mistake](tmp_path / "data")
-    before = tree(tmp_path / "data")
-    assert run(f"train {ONE} {line}", root=tmp_path) == 2
-    assert f"{tmp_path}/data/{name}" in one_line(capfd)
-    assert tree(tmp_path / "data") == before
-    assert not (tmp_path / "new" / "weights.pt").exists()
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA"])
-def test_other_kinds_of_images_are_converted(tmp_path, mode):
-    write_images(tmp_path / "data", mode=mode)
-    for path in (tmp_path / "data").rglob("*.png"):
-        same = tmp_path / "rgb" / path.relative_to(tmp_path / "data")
-        same.parent.mkdir(parents=True, exist_ok=True)
-        Image.open(path).convert("RGB").save(same)
-    place = 8, torch.device("cpu"), 0
-    a, b = [tas.load_data("folder", f"{tmp_path}/{name}", *place) for name in ("data", "rgb")]
-    assert torch.equal(a.train.pixels, b.train.pixels) and len(a.train.pixels.unique()) > 1
-    assert torch.equal(a.test.pixels, b.test.pixels)
-
-GOOD = {"arch": "resnet20", "num_classes": 2, "image_size": 8, "stem": 9,
-        "stages": [[[9, 8]], [[20, 12], [32, 12]], [[64, 25]]]}
-
-@pytest.mark.parametrize("change, words", [
-    ({"arch": "resnet18"}, ["stages"]), ({"arch": None}, ["arch"]),
-    ({"stem": 1000}, ["stem", "1000"]), ({"stem": True}, ["stem", "True"]),
-    ({"stem": 10 ** 400}, ["stem"]), ({"stages": [[[9, 8]], [], [[64, 25]]]}, ["stages[1]"]),
-    ({"stages": [[[9, 8]], [[20, -12]], [[64, 25]]]}, ["stages[1][0][1]", "-12"]),
-    ({"num_classes": 3}, ["num_classes 3", "2"]), ({"image_size": 4}, ["image_size"]),
-    ({"extra": 1}, ["extra"]), (b"", []), (b"[]", []), (b"\xff\xfe\x00", [])])
-def test_wrong_shapes(root, tmp_path, capfd, change, words):
-    (tmp_path / "shape.json").write_text(json.dumps(GOOD))
-    change_json(tmp_path / "shape.json", change)
-    check_refused(capfd, root, f"train {ONE} --shape {tmp_path}/shape.json",
-                  f"{tmp_path}/shape.json", *words)
-
-@pytest.mark.parametrize("line", [
-    f"train {ONE} --arch resnet20 --teacher {{other}}/runs/teacher",
-    f"eval {{other}}/runs/pruned {CHEAP} --data-dir {{root}}/data"])
-def test_data_of_other_classes(root, tmp_path, capfd, line):
-    write_images(tmp_path / "data", "abc")
-    check_refused(capfd, tmp_path, line, "2", "3", "classes", other=root)
+@pytest.mark.parametrize("names, words", [
+    ({"WORLD_SIZE": "4"}, ["--batch-size 6", "4 processes"]),
+    *[(names, ["WORLD_SIZE"]) for names in (
+        {"RANK": "x"}, {"WORLD_SIZE": "x"}, {"RANK": "1"}, {"RANK": "-1"}, {"WORLD_SIZE": "0"})]])
+def test_wrong_places_among_processes(root, capfd, monkeypatch, names, words):
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    check_refused(capfd, root, NEW, *words)
 
 def no_network(*_, **__):
     raise urllib.error.URLError("no network")
@@ -1917,7 +1649,136 @@ def test_no_network_for_cifar(tmp_path, capfd, monkeypatch, name):
     check_refused(capfd, tmp_path, f"train --data {name} --data-dir {{root}}/data --arch resnet20 "
                   "--out {root}/new", name, "{root}/data", "no network", "--data synthetic")
 
-# ---- Damaged files ------------------------------------------------------------------------------
+# ---- Spoiled files ------------------------------------------------------------------------------
+
+GOOD = {"arch": "resnet20", "num_classes": 2, "image_size": 8, "stem": 9,
+        "stages": [[[9, 8]], [[20, 12], [32, 12]], [[64, 25]]]}
+
+def cut_jpeg(path):
+    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, quality=95)
+    path.write_bytes(path.read_bytes()[:3000])
+
+# What happens to a copy of the small world before a command that must refuse it.
+
+def write(name, content):
+    return lambda world: (world / name).write_bytes(content)
+
+def cut(name, size):
+    return lambda world: os.truncate(world / name, size)
+
+def remove(*names):
+    return lambda world: [shutil.rmtree(world / name) for name in names]
+
+def other_images(*names):
+    """Classes of these names in the place of a and b."""
+    def spoil(world):
+        shutil.rmtree(world / "data")
+        write_images(world / "data", names)
+    return spoil
+
+def pipe(name):
+    def spoil(world):
+        (world / name).unlink(missing_ok=True)
+        os.mkfifo(world / name)
+    return spoil
+
+def shape_file(**changes):
+    return write("shape.json", json.dumps(GOOD | changes).encode())
+
+def state(change, name="half/last.ckpt"):
+    return lambda world: change_state(world / name, change)
+
+def momentum(change):
+    """Of the first parameter; a fused optimiser would write past the end of the buffer."""
+    def spoil(state):
+        buffers = state["parts"]["optimizer"]["state"][0]
+        buffers["momentum_buffer"] = change(buffers["momentum_buffer"])
+    return state(spoil)
+
+def exchange_shape(world):
+    shutil.rmtree(world / "runs/pruned")
+    tas.Shape.load(world / "runs/search").full.save(world / "runs/search/shape.json")
+
+EVAL = f"eval {CHEAP} --data-dir {{root}}/data {{root}}/"
+SPOILED = [
+    # Images that are missing, cannot be read, or would be read as others.
+    *[(spoil, NEW, words) for spoil, *words in (
+        (remove("data"), "{root}/data/train"), (remove("data/train"), "{root}/data/train"),
+        (lambda world: [shutil.rmtree(world / "data"), (world / "data").mkdir()],
+         "{root}/data/train"),
+        (lambda world: [shutil.rmtree(world / "data/train"), (world / "data/train").touch()],
+         "{root}/data/train"),
+        (remove("data/val"), "{root}/data", "val/", "tools/split.py"),
+        (remove("data/train/b", "data/val/b"), "one class"),
+        (lambda world: [path.unlink() for path in (world / "data/train/b").iterdir()],
+         "{root}/data/train", "b"),
+        (lambda world: (world / "data/val/b").rename(world / "data/val/zebra"), "b, zebra"),
+        (write("data/train/b/3.png", b"no image"), "{root}/data/train/b/3.png"),
+        (cut("data/train/b/3.png", 60), "{root}/data/train/b/3.png"),
+        (pipe("data/train/a/x.png"), "x.png"),
+        *[(lambda world, mode=mode, name=name: Image.new(mode, (8, 8), 500).save(world / name),
+           name, f"mode {mode}") for mode, name in (
+               ("I;16", "data/train/a/x.png"), ("F", "data/train/a/x.tif"),
+               ("I", "data/train/a/y.tif"))],
+        *[(lambda world, to=to: (world / "data/train/a/loop").symlink_to(to), "train/a/loop")
+          for to in (".", "..", "../b")])],
+    *[(spoil, NEW + " --workers 2", words) for spoil, *words in (
+        (cut("data/train/b/3.png", 60), "{root}/data/train/b/3.png"),
+        (lambda world: cut_jpeg(world / "data/val/a/cut.jpeg"), "{root}/data/val/a/cut.jpeg"))],
+    # Images of another run.
+    *[(lambda world: Image.new("RGB", (8, 8), (1, 2, 3)).save(world / "data/train/a/0.png"),
+       f"{TRAIN} --out {{root}}/{name}", ["fingerprint was "]) for name in ("half", "whole")],
+    (other_images("dog", "emu"), TRAIN + " --out {root}/whole", ["fingerprint was "]),
+    (other_images("dog", "emu"), EVAL + "whole", ["['a', 'b']", "['dog', 'emu']"]),
+    (other_images(*"abc"), EVAL + "runs/pruned", ["2", "3", "classes"]),
+    (other_images(*"abc"), NEW + " --teacher {root}/runs/teacher", ["2", "3", "classes"]),
+    # Shapes.
+    *[(spoil, NEW + " --shape {root}/shape.json", ["{root}/shape.json", *words])
+      for spoil, *words in (
+          (shape_file(stem=1000), "stem", "1000"), (shape_file(extra=1), "extra"),
+          (shape_file(num_classes=3), "num_classes 3", "2"), (write("shape.json", b""),),
+          (pipe("shape.json"),))],
+    *[(exchange_shape, line, ["{root}/runs/search", "the search"])
+      for line in (PRUNE + " --out {root}/runs", DISTIL + " --out {root}/new")],
+    # Files of a run.
+    *[(write("half/run.json", content), HALF, ["{root}/half/run.json"]) for content in (
+        b"", b"{", b"[]", b"{}", b'{"settings": []}', b'{"settings": null}', b'{"settings": {}}')],
+    (write("runs/search/run.json", b"[]"), GUIDED + " --out {root}/new",
+     ["{root}/runs/search/run.json"]),
+    (state(lambda state: state["bn1.running_mean"].add_(1), "runs/teacher/weights.pt"),
+     PRUNE + " --out {root}/runs", ["teacher was "]),
+    *[(spoil, HALF, ["{root}/half/last.ckpt", remedy]) for spoil, remedy in (
+        (cut("half/last.ckpt", 100_000), "delete it"), (cut("half/last.ckpt", 0), "delete it"),
+        (write("half/last.ckpt", b"hello"), "delete it"), (pipe("half/last.ckpt"), "delete it"),
+        (lambda world: torch.save([1, 2], world / "half/last.ckpt"), "delete it"),
+        (lambda world: shutil.copy(world / "runs/search/last.ckpt", world / "half"),
+         "other settings"),
+        *[(state(lambda state, name=name: state.pop(name)), "--out")
+          for name in ("parts", "metrics", "settings", "rng")],
+        (state(lambda state: state["parts"]["net"].popitem()), "--out"),
+        *[(momentum(change), "--out") for change in (
+            lambda t: t[:1], lambda t: t.double(), lambda t: t.new_zeros(1),
+            lambda t: t.new_zeros(t.numel() * 2)[::2].view(t.shape))])]]
+
+@pytest.mark.parametrize("spoil, line, words", SPOILED)
+def test_spoiled_files_are_refused(world, capfd, spoil, line, words):
+    spoil(world)
+    check_refused(capfd, world, line, *words)
+
+@pytest.mark.parametrize("spoil, workers, name", [
+    (cut("data/train/b/3.png", 60), 0, "train/b/3.png"),
+    (lambda world: cut_jpeg(world / "data/val/a/cut.jpeg"), 2, "val/a/cut.jpeg")])
+def test_unreadable_large_images_are_named(tmp_path, capfd, spoil, workers, name):
+    """When it is their turn, so that a run directory has been made."""
+    write_images(tmp_path / "data", size=80)
+    spoil(tmp_path)
+    before = tree(tmp_path / "data")
+    line = f"train {ONE} --arch resnet18 --image-size 72 --workers {workers}"
+    assert run(line, root=tmp_path) == 2
+    assert f"{tmp_path}/data/{name}" in one_line(capfd)
+    assert tree(tmp_path / "data") == before
+    assert not (tmp_path / "new" / "weights.pt").exists()
 
 class Evil:
     """A pickle of it makes a directory when it is loaded."""
@@ -1929,76 +1790,38 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 @pytest.mark.parametrize("name, line", [
-    ("last.ckpt", TRAIN + " --out {run}"), ("weights.pt", "eval --data synthetic {run}"),
-    ("weights.pt", f"train {ONE} --arch resnet20 --teacher {{run}}")])
-def test_a_pickle_is_not_executed(root, tmp_path, capfd, name, line):
-    shutil.copytree(root / ("half" if name == "last.ckpt" else "whole"), tmp_path / "run")
-    shutil.copytree(root / "data", tmp_path / "data")
-    torch.save({"settings": Evil(tmp_path / "executed")}, tmp_path / "run" / name)
-    check_refused(capfd, tmp_path, line, "{run}/" + name, run=tmp_path / "run")
+    ("half/last.ckpt", HALF), ("whole/weights.pt", "eval --data synthetic {root}/whole"),
+    ("whole/weights.pt", NEW + " --teacher {root}/whole")])
+def test_a_pickle_is_not_executed(world, tmp_path, capfd, name, line):
+    torch.save({"settings": Evil(tmp_path / "executed")}, world / name)
+    check_refused(capfd, world, line, "{root}/" + name)
     assert not (tmp_path / "executed").exists()
-    torch.load(tmp_path / "run" / name, weights_only=False)
+    torch.load(world / name, weights_only=False)
     assert (tmp_path / "executed").exists()  # the file is as dangerous as it should be
 
-def change_state(path, change):
-    state = torch.load(path, weights_only=True)
-    change(state)
-    torch.save(state, path)
-
-def without(name):
-    return lambda path, root: change_state(path, lambda state: state.pop(name))
-
-@pytest.mark.parametrize("spoil, remedy", [
-    (lambda path, root: os.truncate(path, path.stat().st_size // 2), "delete it"),
-    (lambda path, root: os.truncate(path, 0), "delete it"),
-    (lambda path, root: path.write_text("hello"), "delete it"),
-    (lambda path, root: torch.save([1, 2], path), "delete it"),
-    (lambda path, root: shutil.copy(root / "runs" / "search" / path.name, path), "other settings"),
-    (lambda path, root: change_state(path, lambda state: state["parts"]["net"].popitem()), "--out"),
-    *[(without(name), "--out") for name in ("parts", "metrics", "settings", "rng")]])
-def test_damaged_checkpoints(root, tmp_path, half, capfd, spoil, remedy):
-    spoil(half / "last.ckpt", root)
-    check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "{root}/half/last.ckpt", remedy)
-
-@pytest.mark.parametrize("change", [
-    b"", b"{", b"[]", b"{}", b'{"settings": []}', b'{"settings": null}', {"settings": {}}])
-def test_damaged_run_files(tmp_path, half, capfd, change):
-    change_json(half / "run.json", change)
-    check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "{root}/half/run.json")
-
-@pytest.mark.parametrize("change", [
-    {"result": []}, {"result": "done"}, {"result": {}}, {"result": {"accuracy": "high"}},
-    {"result": {"accuracy": None}}])
-def test_a_damaged_result_is_made_anew(root, tmp_path, half, capfd, change):
+@pytest.mark.parametrize("result", [[], "done", {}, {"accuracy": "high"}, {"accuracy": None}])
+def test_a_damaged_result_is_made_anew(root, world, capfd, result):
     """From the checkpoint, which is whole; without one it is refused."""
-    change_json(half / "run.json", change)
-    line = TRAIN + " --out {root}/half"
+    half = world / "half"
+    change_json(half / "run.json", {"result": result})
     (half / "last.ckpt").rename(half / "checkpoint")
-    check_refused(capfd, tmp_path, line, "{root}/half/run.json")
+    check_refused(capfd, world, HALF, "{root}/half/run.json")
     (half / "checkpoint").rename(half / "last.ckpt")
-    assert run(line, root=tmp_path) == 0
+    assert run(HALF, root=world) == 0
     check_same_run(half, root / "whole")
 
 @pytest.mark.parametrize("part, change, lost", [
-    ("teacher", {"result": None}, ""), ("teacher", b"{", ""),
-    ("search", {"settings": None}, "search"), ("search", {"result": None}, ""),
-    ("search", b"[]", "refused")])
-def test_damaged_run_file_of_a_part(root, tmp_path, capfd, part, change, lost):
-    """A teacher or a shape from a damaged run: a clean error, or a result without that entry."""
-    shutil.copytree(root / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("pruned"))
-    path = tmp_path / "runs" / part / "run.json"
-    change_json(path, change)
-    line = DISTIL.replace("{root}/runs", "{tmp}/runs") + " --teacher {tmp}/runs/teacher"
-    status = run(line + " --out {tmp}/new", root=root, tmp=tmp_path)
-    assert status == (2 if lost == "refused" else 0)
-    if status:
-        assert str(path) in one_line(capfd)
-        return
-    expected = read_result(root / "runs" / "pruned")
-    if lost:
-        assert expected[lost] is not None
-        expected[lost] = None
-    assert read_result(tmp_path / "new") == expected
+    ("teacher", {"result": None}, []), ("teacher", b"{", []), ("search", {"result": None}, []),
+    ("search", {"settings": None}, ["search"])])
+def test_a_damaged_run_file_of_a_part(root, world, part, change, lost):
+    """What came from a teacher or a shape of a damaged run lacks that entry alone."""
+    change_json(world / "runs" / part / "run.json", change)
+    assert run(GUIDED + " --out {root}/new", root=world) == 0
+    expected = read_result(root / "runs/pruned")
+    for name in lost:
+        assert expected[name] is not None
+        expected[name] = None
+    assert read_result(world / "new") == expected
 
 def damage(directory, kind, name, other, at, noise):
     """Damage one file of a run directory, or exchange two. Returns the names."""
@@ -2063,19 +1886,31 @@ def test_damaged_run_directories(root, tmp_path, capfd, state, source, line, rea
     check()
     assert min(ends[0], ends[2]) > 2, ends  # both happened
 
-# ---- Full disk, numbers that are none -----------------------------------------------------------
+def test_links_in_the_place_of_temporary_files_are_not_followed(world, monkeypatch):
+    (world / "outside").write_text("mine")
+    for name in ("run.json", "metrics.jsonl", "last.ckpt", "weights.pt"):
+        (world / f"half/{name}.tmp").unlink(missing_ok=True)
+        (world / f"half/{name}.tmp").symlink_to(world / "outside")
+    assert run(HALF, root=world) == 0
+    assert (world / "outside").read_text() == "mine"
+    monkeypatch.setattr(tas.time, "monotonic_ns", lambda: 7)
+    (world / f"x.{os.getpid()}-7.tmp").symlink_to(world / "outside")
+    with pytest.raises(tas.TASError, match="cannot write"):
+        tas.write_file(world / "x", b"theirs")
+    assert (world / "outside").read_text() == "mine"
+
+# ---- A full disk, numbers that are none, errors of the machine ----------------------------------
 
 def fill_disk(patch, nth):
     """No file from the nth on can be flushed. Returns a list with an item for each try."""
-    plain, tries = os.fsync, []
+    tries = []
 
-    def fsync(descriptor):
+    def look(descriptor):
         tries.append(descriptor)
         if len(tries) >= nth:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        plain(descriptor)
 
-    patch.setattr(os, "fsync", fsync)
+    spy(patch, os, "fsync", look)
     return tries
 
 def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
@@ -2124,7 +1959,238 @@ def test_a_loss_that_is_not_finite_is_located(root, tmp_path, capfd, monkeypatch
     assert len(read_metrics(tmp_path / "run")) == 1
     assert not (tmp_path / "run" / "shape.json").exists()
 
-# ---- What the commands leave and say ------------------------------------------------------------
+@pytest.mark.parametrize("error, word", [
+    (OSError(24, "Too many open files"), "Too many open files"),
+    (PermissionError(13, "Permission denied", "/x"), "/x"), (MemoryError(), "--batch-size"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "DataLoader worker")])
+def test_errors_of_the_machine_are_one_line(root, capfd, monkeypatch, error, word):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(tas, "evaluate", fail)
+    assert run(EVAL + "whole", root=root) == 2
+    assert word in one_line(capfd)
+
+# ---- Interruptions ------------------------------------------------------------------------------
+
+def child(event, number, line, out, rank, world, port):
+    """What a process of `fork` does. It leaves its output and what it has seen in `out`."""
+    seen = {"calls": 0, "checkpoints": 0, "steps": 0, "memory": [], "nets": [], "wrote": []}
+
+    def is_last(name):
+        seen[name] += 1
+        return rank == world - 1 and name == event and seen[name] == number
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def note_memory():
+        seen["memory"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+    def profile(frame, *_):  # a call or return of a function of tas.py, or of one that it calls
+        if frame.f_code.co_filename == tas.__file__ and is_last("calls"):
+            die()
+
+    def begin(*_):  # what comes before leaves nothing
+        if event == "calls":
+            sys.setprofile(profile)
+
+    def uncounted(function):  # one that is most of all calls, and leaves nothing
+        def call(*inputs):
+            profiler = sys.getprofile()
+            sys.setprofile(None)
+            result = function(*inputs)
+            sys.setprofile(profiler)
+            return result
+        return call
+
+    def step(args, net, *_):
+        if not any(net is other for other in seen["nets"]):
+            seen["nets"].append(net)
+        if is_last("steps"):
+            die()
+        note_memory()
+
+    def write(path, content):
+        if Path(path).name == "last.ckpt" and is_last("checkpoints"):
+            Path(f"{path}.tmp").write_bytes(bytes(content)[:1000])
+            die()
+        if Path(path).name == "shape.json" and world > 1:
+            time.sleep(1)  # a slow disk: nobody may read what is not yet there
+
+    signal.alarm(LIMIT)
+    if world > 1:
+        os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{world}", "MASTER_PORT": f"{port}",
+                       "MASTER_ADDR": "127.0.0.1"}
+    os.dup2(os.open(out / f"out{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 1)
+    tas.SYNTHETIC_IMAGES = 1024, 64
+    tas.plan_search, tas.extract = uncounted(tas.plan_search), uncounted(tas.extract)
+    patch = pytest.MonkeyPatch()  # never undone
+    spy(patch, tas.Run, "__init__", begin)
+    spy(patch, tas, "take_step", step)
+    spy(patch, tas, "write_file", write)
+    spy(patch, os, "replace", lambda _, new: seen["wrote"].append(str(new)))
+    status = tas.main(line.split())
+    sys.setprofile(None)
+    note_memory()
+    seen["nets"] = [{**net.state_dict()} for net in seen["nets"]]
+    torch.save(seen, out / f"seen{rank}")
+    sys.stdout.flush()
+    os._exit(status)
+
+def fork(event, number, line, out, world=1):
+    """Run a command in so many processes, the last of which dies by kill -9 in the number-th of its
+    "calls", "checkpoints" or "steps". Returns their exit statuses, and what they have seen. They
+    start at once, as forks of a process that has imported everything."""
+    out.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the first fork
+        processes = [context.Process(target=child, args=(event, number, line, out, i, world, port))
+                     for i in range(world)]
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join()
+    seen = [torch.load(path) for path in sorted(out.glob("seen*"))]
+    return [process.exitcode for process in processes], seen
+
+def test_killed_at_random_moments(root, tmp_path):
+    """kill -9 in calls drawn from all that an uninterrupted run makes."""
+    line, rng = PRUNE.format(root=root) + f" --out {tmp_path}/runs", random.Random(4)
+    status, [seen] = fork("calls", 0, line.replace("/runs", "/count"), tmp_path / "out")
+    assert status == [0]
+    finished = []  # epochs, after each try
+    for _ in range(5):
+        number = rng.randrange(seen["calls"] // 20, seen["calls"] // 3)
+        assert fork("calls", number, line, tmp_path / "out")[0] == [-signal.SIGKILL]
+        found = (tmp_path / "runs").glob("*/last.ckpt")
+        finished.append(sum(len(tas.load_tensors(path)["metrics"]) for path in found))
+    assert len(set(finished)) > 3, finished  # died in many places
+    assert run(line) == 0
+    check_parts(tmp_path / "runs", root / "runs")
+
+def test_killed_while_writing_checkpoints(root, tmp_path):
+    line = PRUNE.format(root=root) + f" --out {tmp_path}/runs"
+    for part, nth, finished in (("teacher", 3, 2), ("search", 3, 1), ("pruned", 4, 1)):
+        assert fork("checkpoints", nth, line, tmp_path / "out")[0] == [-signal.SIGKILL]
+        checkpoint = tmp_path / "runs" / part / "last.ckpt"
+        assert checkpoint.with_suffix(".ckpt.tmp").stat().st_size == 1000
+        assert len(tas.load_tensors(checkpoint)["metrics"]) == finished
+    assert run(line) == 0
+    check_parts(tmp_path / "runs", root / "runs")
+
+def test_interrupted_at_every_epoch_and_in_every_file(root, tmp_path, monkeypatch):
+    """Where the second checkpoint is not written, the first was, so that a try gets one epoch on.
+    At the end of a part come weights.pt (if any), shape.json and run.json."""
+    begin = [("run.json", 1), ("metrics.jsonl", 1), ("last.ckpt", 1)]
+    end = [("weights.pt", 1), ("shape.json", 1), ("run.json", 1)]
+    two = [("last.ckpt", 2)] * 2
+    for name, nth in [*begin, *two, *end, *begin[2:], *two, *end[1:], ("metrics.jsonl", 2),
+                      *two[1:], *end]:
+        with monkeypatch.context() as patch:
+            stop_while_writing(patch, nth, name)
+            assert run(PRUNE + " --out {tmp}/runs", root=root, tmp=tmp_path) == 130, (name, nth)
+    assert run(PRUNE + " --out {tmp}/runs", root=root, tmp=tmp_path) == 0
+    check_parts(tmp_path / "runs", root / "runs")
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_with_a_hint(root, tmp_path, monkeypatch, capfd, how):
+    count = itertools.count(1)
+
+    def look(*_):
+        if next(count) == 6:  # in the second epoch
+            os.kill(os.getpid(), how)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
+    spy(monkeypatch, tas, "take_step", look)
+    assert run(TRAIN + " --out {tmp}/run", root=root, tmp=tmp_path) == 130
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "same command" in err
+    assert len(tas.load_tensors(tmp_path / "run" / "last.ckpt")["metrics"]) == 1
+    assert run(TRAIN + " --out {tmp}/run", root=root, tmp=tmp_path) == 0
+    check_same_run(tmp_path / "run", root / "whole")
+
+def test_finished_parts_are_not_repeated(root, capsys):
+    before = {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("[!.]*")}
+    assert run(PRUNE + " --out {root}/runs", root=root) == 0
+    assert {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("[!.]*")} == before
+    assert "1/3" not in capsys.readouterr().out
+
+def test_large_images_do_not_depend_on_workers_or_interruptions(tmp_path, monkeypatch):
+    write_images(tmp_path / "data", train=4, size=90)
+    line = "train --data imagenet --data-dir {tmp}/data --image-size 72 --arch resnet18 " \
+           "--epochs 2 --batch-size 4 --precision fp32 --workers {n} --out {tmp}/{n}"
+    for n in (0, 2):
+        assert run(line, tmp=tmp_path, n=n) == 0
+    check_same_run(tmp_path / "0", tmp_path / "2")
+    with monkeypatch.context() as patch:
+        stop_while_writing(patch, 2)
+        assert run(line, tmp=tmp_path, n=1) == 130
+    assert run(line, tmp=tmp_path, n=1) == 0
+    check_same_run(tmp_path / "0", tmp_path / "1")
+
+# ---- Several processes --------------------------------------------------------------------------
+
+def start(line, *python, stdout=subprocess.PIPE):
+    """Run a command as a process of its own: its exit status, output and error output."""
+    words = [sys.executable, *(python or [tas.__file__]), *line.split()]
+    done = subprocess.run(words, text=True, cwd=HERE, timeout=LIMIT, stdout=stdout,
+                          stderr=subprocess.PIPE)
+    return done.returncode, done.stdout, done.stderr
+
+def test_two_processes_agree(root, tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    status, [a, b] = fork("", 0, PRUNE.format(root=root) + f" --out {runs}", out, 2)
+    assert status == [0, 0]
+    assert (out / "out0").read_text().count("search 3/3") == 1
+    assert (out / "out1").read_text() == ""  # only the first one speaks ...
+    assert len(a["wrote"]) > 10 and b["wrote"] == []  # ... and writes
+    assert len(a["nets"]) == 3 and identical(a["nets"], b["nets"])
+    for name, net in zip(("teacher", "search", "pruned"), a["nets"]):
+        assert identical({**tas.load_tensors(runs / name / "last.ckpt")["parts"]["net"]}, net)
+    assert 0.475 <= macs_share(runs / "search") <= 0.525
+    assert tas.load(runs / "pruned").shape == tas.Shape.load(runs / "search")
+    # As a user types it.
+    line = TRAIN.format(root=root) + f" --epochs 3 --out {tmp_path}/teacher"
+    status, said, err = start(line, "-m", "torch.distributed.run", "--standalone",
+                              "--nproc_per_node=2", tas.__file__)
+    assert status == 0 and said.count("teacher 3/3") == 1, err
+    check_same_run(tmp_path / "teacher", runs / "teacher")
+
+def test_two_processes_that_draw_a_shape(root, tmp_path):
+    """Nothing is learned, so the first process is at the end of it at once."""
+    line = SEARCH.format(root=root) + f" --method random --out {tmp_path}/run"
+    assert fork("", 0, line, tmp_path / "out", 2)[0] == [0, 0]
+    assert read_result(tmp_path / "run")["macs"] == tas.count_macs(tas.Shape.load(tmp_path / "run"))
+
+def test_a_dead_process_ends_the_run(root, tmp_path):
+    line = TRAIN.format(root=root) + f" --out {tmp_path}/run"
+    [first, second], _ = fork("steps", 6, line, tmp_path / "out", 2)
+    assert first not in (0, -signal.SIGALRM) and second == -signal.SIGKILL
+    assert len(tas.load_tensors(tmp_path / "run" / "last.ckpt")["metrics"]) == 1
+    assert not (tmp_path / "run" / "weights.pt").exists()
+
+def test_processes_whose_launcher_is_gone_stop(root, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(tas, "average_over_processes", lambda *_: None)
+    monkeypatch.setattr(tas.Run, "resume", lambda run, _: setattr(run.args, "world", 2) or [])
+    numbers = itertools.count()
+    monkeypatch.setattr(tas.os, "getppid", lambda: next(numbers))
+    assert run(TRAIN + " --out {tmp}/run", root=root, tmp=tmp_path) == 2
+    assert "launcher" in one_line(capfd)
+
+def test_two_commands_in_one_directory(world, capfd):
+    lock = tas.lock_directory(world / "half")
+    check_refused(capfd, world, HALF, f"in use by process {os.getpid()}")
+    lock.close()  # as the end of a process does
+    assert run(HALF, root=world) == 0
+
+# ---- What the commands leave --------------------------------------------------------------------
 
 def test_prune_leaves_three_runs(root):
     shape = tas.Shape.load(root / "runs" / "search" / "shape.json")
@@ -2148,16 +2214,28 @@ def test_prune_leaves_three_runs(root):
     assert result["search"]["method"] == "tas" and result["search"]["num_samples"] == 2
     assert above["search"] is None and above["teacher_accuracy"] is None
 
-@pytest.mark.parametrize("flags, parts", [
-    ("--transfer none", ["pruned", "search"]),
-    ("--teacher {root}/runs/teacher --quiet", ["pruned", "search"]),
-    ("--transfer init --method random", ["pruned", "search", "teacher"])])
-def test_prune_makes_only_what_it_needs(root, tmp_path, capsys, flags, parts):
-    line = PRUNE.replace("--epochs 3", "--epochs 1") + f" {flags} --out {{tmp}}"
+@pytest.mark.parametrize("flags, epochs", [
+    ("--epochs 1 --transfer none", {"search": 1, "pruned": 1}),
+    ("--epochs 1 --teacher {root}/runs/teacher --quiet", {"search": 1, "pruned": 1}),
+    ("--epochs 1 --transfer init --method random", {"teacher": 1, "search": 0, "pruned": 1}),
+    ("--epochs 1 --init {root}/other", {"teacher": 1, "search": 1, "pruned": 1}),
+    ("--epochs 3 --search-epochs 2", {"teacher": 3, "search": 2, "pruned": 3}),
+    ("--epochs 2 --teacher-epochs 1", {"teacher": 1, "search": 2, "pruned": 2}),
+    ("--epochs 1 --search-epochs 2 --teacher-epochs 3", {"teacher": 3, "search": 2, "pruned": 1})])
+def test_prune_makes_what_it_needs(root, tmp_path, capsys, flags, epochs):
+    """So many epochs of each part, and only the teacher starts from other weights."""
+    line = PRUNE.replace("--epochs 3", flags) + " --out {tmp}"
     assert run(line, root=root, tmp=tmp_path) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == parts
+    made = {path.name: path for path in tmp_path.iterdir()}
+    assert made.keys() == epochs.keys()
+    for name, path in made.items():
+        assert len(read_metrics(path)) == epochs[name]
+        begins_anew = "--init" not in flags or name != "teacher"
+        start = None if begins_anew else tas.checksum(tas.load(root / "other"))
+        assert tas.read_json(path / "run.json")["settings"].get("init") == start
     out = capsys.readouterr().out
-    assert out.count("next: ") == 1 and ("1/1" in out) == ("--quiet" not in flags)
+    assert out.count("next: ") == 1
+    assert bool(re.search(r"^\w+ 1/\d: ", out, re.M)) == ("--quiet" not in flags)
 
 @pytest.mark.parametrize("name", ["teacher", "pruned"])
 def test_eval_gives_the_accuracy_of_the_run(root, capsys, name):
@@ -2183,17 +2261,23 @@ def test_top_5_of_many_classes(tmp_path, monkeypatch, capsys):
     """Of more than 100, for which 6 stand here."""
     monkeypatch.setattr(tas, "TOP5_CLASSES", 5)
     write_images(tmp_path / "data", "abcdef", train=4, val=3)
-    line = TRAIN.format(root=tmp_path) + f" --out {tmp_path}/run"
-    assert run(line) == 0
-    data = tas.load_data("folder", f"{tmp_path}/data", 8, torch.device("cpu"), 0)
-    [(x, y)] = data.test.batches(torch.arange(18), 18, False)
-    with torch.no_grad():
-        worst = tas.load(tmp_path / "run")(x).argmin(1)
-    top5 = 100 * (worst != y).double().mean().item()
-    assert read_result(tmp_path / "run")["top5"] == pytest.approx(top5) and top5 < 100
-    assert read_metrics(tmp_path / "run")[-1]["test_top5"] == pytest.approx(top5)
-    assert run(f"eval {tmp_path}/run {CHEAP} --data-dir {tmp_path}/data") == 0
+    assert run(TRAIN + " --out {root}/run", root=tmp_path) == 0
+    top5 = read_metrics(tmp_path / "run")[-1]["test_top5"]
+    assert read_result(tmp_path / "run")["top5"] == top5 < 100
+    assert run(EVAL + "run", root=tmp_path) == 0
     assert f"(top-5 {top5:.2f}%)" in capsys.readouterr().out
+
+def test_photographs(tmp_path):
+    make_photographs(tmp_path / "data")
+    assert run("prune --data imagenet --data-dir {tmp}/data --arch resnet18 --image-size 72 "
+               "--epochs 1 --batch-size 8 --workers 1 --flops 0.5 --search width --precision bf16 "
+               "--out {tmp}/runs", tmp=tmp_path) == 0
+    assert abs(macs_share(tmp_path / "runs" / "pruned") - 0.5) <= 0.025
+    assert tas.load(tmp_path / "runs" / "pruned")(torch.zeros(1, 3, 72, 72)).shape == (1, 2)
+    for part in ("teacher", "search", "pruned"):
+        assert [line["epoch"] for line in read_metrics(tmp_path / "runs" / part)] == [1]
+        kept = tas.read_json(tmp_path / "runs" / part / "run.json")["settings"]
+        assert kept["weight_decay"] == 1e-4 and kept["images"] == "16 + 6 images, 2 classes"
 
 def test_a_network_without_a_shape_knows_no_search(root, tmp_path, monkeypatch):
     """Even when it is trained in a directory that has a run.json."""
@@ -2206,95 +2290,27 @@ def test_load_of_a_shape_file(tmp_path):
     net = tas.load(tmp_path / "shape.json")
     assert not net.training and net(torch.zeros(2, 3, 8, 8)).shape == (2, 2)
 
-def test_a_bar_on_a_terminal(root, tmp_path, capsys, monkeypatch):
-    """One bar with loss, accuracy and MACs, in the place of a line an epoch."""
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    assert run(SEARCH + " --out {tmp}/run", root=root, tmp=tmp_path) == 0
-    bar = sys.stderr.getvalue()
-    assert re.search(r"6/6 .*loss \d+\.\d{3}, accuracy \d+\.\d%, MACs \d+\.\d% of the target, "
-                     r"lr \S+, \d+ images/s, \d+ MB, 0 min left in all", bar)
-    assert "1/3:" not in capsys.readouterr().out
-
-def test_a_reader_that_has_seen_enough(root, tmp_path):
-    read, write = os.pipe()
-    os.close(read)
-    process = start(TRAIN.format(root=root) + f" --out {tmp_path}", stdout=write)
-    os.close(write)
-    assert finish(process) == (141, None, "")
-
-@pytest.mark.parametrize("command", ["", "train", "search", "prune", "eval"])
-def test_help_fits_one_screen(capsys, monkeypatch, command):
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as stop:
-        run(command + " --help")
-    out = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert 10 < out.count("\n") <= 50 and out.startswith(f"usage: tas.py {command}".strip())
-
-def test_import_is_light():
-    names = "matplotlib", "torchvision", "tqdm"
-    code = "import sys, torch; before = set(sys.modules); import tas; " \
-           f"print([n for n in {names} if n in set(sys.modules) - before])"
-    assert finish(start("", "-c", code)) == (0, "[]\n", "")
-
-def test_memory_of_the_search(tmp_path):
-    """From the first step on it grows at most 1.5 times as much as that of a training."""
-    growth = {}
-    for command in ("train", "search"):
-        line = f"{command} --data synthetic --arch resnet20 --epochs 1 --precision fp32 " \
-               f"--workers 0 --out {tmp_path}/{command}"
-        status, [seen] = fork("", 0, line, tmp_path / "out")
-        assert status == [0] and seen["steps"] == 4
-        growth[command] = seen["memory"][-1] - seen["memory"][0]  # KB
-    assert 1e5 < growth["train"] and growth["search"] <= 1.5 * growth["train"]
-
-def test_what_is_recorded_and_printed_of_odd_names(root, tmp_path, capfd):
-    """The command can be typed again; nothing that is printed moves the cursor."""
-    name = "a b\x1b[2J'c\n"
-    words = TRAIN.format(root=root).split() + ["--epochs", "1", "--out", f"{tmp_path}/{name}"]
-    assert tas.main(words) == 0
-    out, err = capfd.readouterr()
-    assert "\x1b" not in out + err and "a b\\x1b[2J'c\\n" in out and "1/1: " in out
-    line = tas.read_json(tmp_path / name / "run.json")["command"]
-    assert shlex.split(line) == ["python", "tas.py", *words]
-
-def test_flags_are_written_out(root, capfd):
-    check_refused(capfd, root, f"train {ONE} --arch resnet20 --weight 0.1", "--weight")
-
-# ---- Switches -----------------------------------------------------------------------------------
-
-def results_of(root, tmp, lines):
-    """Metrics and, of trainings, weights that each command leaves."""
-    found = []
-    for i, line in enumerate(lines):
-        assert run(line + " --out {tmp}/{i}", root=root, tmp=tmp, i=i) == 0
-        weights = tmp / str(i) / "weights.pt"
-        found.append([read_metrics(tmp / str(i)), weights.exists() and tas.load_tensors(weights)])
-    return found
-
-@pytest.mark.parametrize("line, switches", [
-    (TRAIN, ["", "--seed 1", "--lr 0.2", "--weight-decay 0.01", "--batch-size 4", "--epochs 3",
-             "--precision bf16"]),
-    (SEARCH, ["", "--seed 1", "--lr 0.2", "--weight-decay 0.01", "--batch-size 4", "--arch-lr 0.3",
-              "--num-samples 1", "--num-samples 3", "--num-samples 8", "--sampler softmax",
-              "--align pad", "--search width", "--search depth --flops 0.65", "--round 8",
-              "--flops 0.9", "--cost-weight 0", "--tau-start 5", "--tau-end 1",
-              "--precision bf16"]),
-    (GUIDED, ["", "--seed 1", "--kd-weight 0.5", "--kd-temperature 2", "--transfer none"])])
-def test_every_switch_changes_the_result(root, tmp_path, line, switches):
-    found = results_of(root, tmp_path, [f"{line} {switch}" for switch in switches])
-    for (a, one), (b, two) in itertools.combinations(zip(switches, found), 2):
-        assert one[0][-1] != two[0][-1], (a, b)
+def test_training_goes_on_from_weights(root, tmp_path, monkeypatch):
+    """A pruned network keeps its shape; with other classes it has a new classifier."""
+    seen = []
+    spy(monkeypatch, tas, "train", lambda run, data, net, teacher: seen.append(
+        copy.deepcopy(net.state_dict())))
+    write_images(tmp_path / "data", "abc")
+    for i, (part, place) in enumerate(itertools.product(("teacher", "pruned"), (root, tmp_path))):
+        line = f"train {CHEAP} --data-dir {place}/data --epochs 1 --init {root}/runs/{part}"
+        assert run(f"{line} --out {tmp_path}/{i}") == 0
+        source = tas.load(root / "runs" / part)
+        assert tas.load(tmp_path / str(i)).shape.stages == source.shape.stages
+        other = [name for name, tensor in source.state_dict().items()
+                 if not identical(tensor, seen[-1][name])]
+        assert other == (["fc.weight", "fc.bias"] if place == tmp_path else [])
+    assert run(TRAIN + " --epochs 1 --out {tmp}/new", root=root, tmp=tmp_path) == 0
+    assert len(seen) == 5 and not identical(seen[-1], seen[0])
 
 @pytest.mark.parametrize("switch, share", [
-    ("", 0.5), ("--flops 0.9", 0.9), ("--flops 1.4M", 1.4e6 / 2550912), ("--search width", 0.5),
-    ("--search depth --flops 0.65", 0.65), ("--round 8", 0.5), ("--method random", 0.5),
-    ("--method uniform", 0.5), ("--method random --search width --round 4", 0.5),
-    ("--method uniform --round 2", 0.5)])
+    ("--flops 1.4M", 1.4e6 / 2550912), ("--search width", 0.5), ("--round 8", 0.5),
+    ("--search depth --flops 0.65", 0.65), ("--method random", 0.5), ("--method uniform", 0.5),
+    ("--method random --search width --round 4", 0.5), ("--method uniform --round 2", 0.5)])
 def test_the_shape_is_what_the_switches_say(root, tmp_path, switch, share):
     assert run(f"{SEARCH} {switch} --out {{tmp}}/run", root=root, tmp=tmp_path) == 0
     assert abs(macs_share(tmp_path / "run") / share - 1) <= 0.05 + 1e-6
@@ -2308,9 +2324,6 @@ def test_the_shape_is_what_the_switches_say(root, tmp_path, switch, share):
     if "uniform" in switch:
         assert len({*shape.convs[:7]}) == 1 and shape.stem < shape.stages[2][0][0] < 64
     assert (tmp_path / "run" / "metrics.jsonl").exists() == ("--method" not in switch)
-    kept = tas.read_json(tmp_path / "run" / "run.json")["settings"]
-    for flag, value in re.findall(r"--(\S+) (\S+)", switch):
-        assert flag == "flops" or str(kept[flag.replace("-", "_")]) == value
 
 def test_random_sizes_follow_the_seed_and_the_tolerance_is_kept(root, tmp_path):
     flags = {"0": "", "again": "", "1": "--seed 1", "close": "--tolerance 0.004"}
@@ -2321,139 +2334,89 @@ def test_random_sizes_follow_the_seed_and_the_tolerance_is_kept(root, tmp_path):
     close, other = (abs(macs_share(tmp_path / name) - 0.5) for name in ("close", "0"))
     assert close <= 0.002 < other
 
-def test_transfers(root, tmp_path, monkeypatch):
-    """The network starts from the teacher's first channels with `init` and only then; the teacher
-    guides it with `kd` and only then, and which one it is matters to both."""
-    seen, plain = [], tas.train
-
-    def train(run, data, net, teacher=None):
-        started = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        metrics = plain(run, data, net, teacher)
-        seen.append((started, teacher and teacher.state_dict()))
-        return metrics
-
-    monkeypatch.setattr(tas, "train", train)
-    lines = [f"--teacher {{root}}/{teacher} --transfer {transfer}" for transfer in
-             ("none", "init", "kd", "init+kd") for teacher in ("runs/teacher", "other")]
-    lines += ["", "--teacher {root}/runs/teacher"]
-    found = results_of(root, tmp_path, [f"{DISTIL} {line}" for line in lines])
-    none, none_2, init, init_2, kd, kd_2, both, both_2, alone, default = found
-    assert identical(alone, none) and identical(alone, none_2) and identical(kd, default)
-    for one, two in itertools.combinations([alone, init, init_2, kd, kd_2, both, both_2], 2):
-        assert not identical(one[1], two[1])
-        assert one[0][0]["train_loss"] != two[0][0]["train_loss"]
-    sources = [tas.load_tensors(root / name / "weights.pt") for name in ("runs/teacher", "other")]
-    for line, (started, guide) in zip(lines, seen):
-        source = sources["/other" in line]
-        assert (guide is not None) == ("kd" in line or line == lines[-1])
-        assert guide is None or identical({**guide}, source)  # at the end, running statistics too
-        corners = [(name, tuple(map(slice, tensor.shape))) for name, tensor in started.items()
-                   if name in source and name.endswith("weight") and tensor.ndim > 1]
-        same = [torch.equal(started[name], source[name][at]) for name, at in corners]
-        assert len(same) > 8 and same == ["init" in line] * len(same)
-
-# ---- The network and the data that one has ------------------------------------------------------
-
-def test_training_goes_on_from_weights(root, tmp_path, monkeypatch):
-    """A pruned network keeps its shape; with other classes it has a new classifier."""
-    seen, plain = [], tas.train
-    monkeypatch.setattr(tas, "train", lambda run, data, net, teacher=None: seen.append(
-        {name: tensor.clone() for name, tensor in net.state_dict().items()}) or plain(
-            run, data, net, teacher))
-    write_images(tmp_path / "data", "abc")
-    for i, (part, place) in enumerate(itertools.product(("teacher", "pruned"), (root, tmp_path))):
-        line = f"train {CHEAP} --data-dir {place}/data --epochs 1 --init {root}/runs/{part}"
-        assert run(f"{line} --out {tmp_path}/{i}") == 0
-        source = tas.load(root / "runs" / part)
-        assert tas.load(tmp_path / str(i)).shape.stages == source.shape.stages
-        other = [name for name, tensor in source.state_dict().items()
-                 if not identical(tensor, seen[-1][name])]
-        assert other == (["fc.weight", "fc.bias"] if place == tmp_path else [])
-    assert run(TRAIN + " --epochs 1 --out {tmp}/new", root=root, tmp=tmp_path) == 0
-    assert len(seen) == 5 and not identical(seen[-1], seen[0])
-
-def test_init_is_a_setting(root, tmp_path, capfd):
-    line = TRAIN + f" --init {{root}}/other --out {tmp_path}/run"
-    assert run(line, root=root) == 0
-    for other in ("--init {root}/runs/teacher", ""):
-        check_refused(capfd, root, f"{TRAIN} {other} --out {tmp_path}/run", "init was ")
-    check_refused(capfd, root, f"train {ONE} --init {{root}}/other --shape {{root}}/runs/search",
-                  "--shape")
-    check_refused(capfd, root, f"train {ONE} --init {{root}}/other --arch resnet32", "resnet20")
-
-def test_prune_trains_its_teacher_from_weights(root, tmp_path, capfd):
-    line = PRUNE.replace("--epochs 3", "--epochs 1") + f" --init {{root}}/other --out {tmp_path}"
-    assert run(line, root=root) == 0
-    inits = {name: tas.read_json(tmp_path / name / "run.json")["settings"].get("init")
-             for name in ("teacher", "search", "pruned")}
-    assert inits == {"teacher": tas.checksum(tas.load(root / "other")), "search": None,
-                     "pruned": None}
-    for flags in ("--teacher {root}/other", "--transfer none"):
-        check_refused(capfd, root, f"prune --arch resnet20 {ONE} --init {{root}}/other {flags}",
-                      "--init")
-
-def test_the_time_that_is_left(root, tmp_path, capfd, monkeypatch):
-    """Of all parts of prune; an epoch takes two minutes here."""
-    plain = tas.resources
-    monkeypatch.setattr(tas, "resources", lambda *a: plain(*a) | {"seconds": 120.0})
-    line = PRUNE.replace("--epochs 3", "--epochs 2 --search-epochs 3") + " --out "
-    assert run(line + f"{tmp_path}/runs", root=root) == 0
-    found = re.findall(r"^(\S+) \d/\d.* (\d+) min left in all$", capfd.readouterr().out, re.M)
-    names = ["teacher"] * 2 + ["search"] * 3 + ["pruned"] * 2
-    assert found == [(name, str(2 * (6 - i))) for i, name in enumerate(names)]
-
-@pytest.mark.parametrize("flags, expected", [
-    ("--epochs 3 --search-epochs 2", (3, 2, 3)), ("--epochs 2 --teacher-epochs 1", (1, 2, 2)),
-    ("--epochs 1 --search-epochs 2 --teacher-epochs 3", (3, 2, 1))])
-def test_epochs_of_the_parts_of_prune(root, tmp_path, flags, expected):
-    line = PRUNE.replace("--epochs 3", flags) + " --out {tmp}"
-    assert run(line, root=root, tmp=tmp_path) == 0
-    assert tuple(len(read_metrics(tmp_path / part)) for part in ("teacher", "search", "pruned")) \
-        == expected
-
-def test_another_target_says_how_to_keep_the_teacher(root, capfd):
-    check_refused(capfd, root, PRUNE + " --flops 0.4 --out {root}/runs", "target was",
-                  "prune keeps its teacher with --teacher DIR")
-
 def test_a_search_under_another_cost(root, tmp_path, capfd):
     space = tas.Space("resnet20", 2, 8)
     cost = write_costs(tmp_path / "cost.json", space, 1)
-    full = slow_cost(space, space.full, cost)
+    full = slow_cost(space, cost, space.full)
     line = SEARCH + " --cost {tmp}/cost.json --out {tmp}/"
     for name, budget, target in (("share", "0.7", 0.7 * full),
                                  ("unit", f"{0.8 * full:.3f}mJ", 0.8 * full)):
         assert run(f"{line}{name} --budget {budget}", root=root, tmp=tmp_path) == 0
-        found = slow_cost(space, tas.Shape.load(tmp_path / name), cost)
+        found = slow_cost(space, cost, tas.Shape.load(tmp_path / name))
         assert abs(found / target - 1) <= 0.05
         assert f"{found:.4g} mJ, target {target:.4g} mJ" in capfd.readouterr().out
         info = tas.read_json(tmp_path / name / "run.json")
         assert info["settings"]["unit"] == "mJ" and info["result"]["cost"] == pytest.approx(found)
-        last = read_metrics(tmp_path / name)[-1]
-        assert min(cost[-1][0][0], 10) < last["argmax_macs"] < 2 * full
+        assert 0 < read_metrics(tmp_path / name)[-1]["argmax_macs"] < 2 * full
     write_costs(tmp_path / "cost.json", space, 2)
     check_refused(capfd, root, f"{line}share --budget 0.7", "cost was", tmp=tmp_path)
-    for flags, word in (("--budget 2", "--flops 2"), ("--budget 3kg", "3kg"),
-                        ("--budget 0.7 --method uniform", "uniform"),
-                        ("--budget 0.0001", "possible are")):
+    for flags, word in (("--budget 0.7 --method uniform", "uniform"),
+                        ("--budget 0.0001", "possible are"),
+                        *[(f"--budget {text}", f"--flops {text}:")
+                          for text in ("2", "3kg", "3M", "mJ", "0mJ")]):
         check_refused(capfd, root, f"{line}x {flags}", word, tmp=tmp_path)
 
-@pytest.mark.parametrize("unit, text, share", [
-    ("MACs", "0.5", 0.5), ("MACs", "1", 1), ("MACs", "20M", 20e6 / 40813184),
-    ("MACs", "9000k", 9e6 / 40813184), ("MACs", "0.02G", 20e6 / 40813184),
-    ("µs", "0.5", 0.5), ("µs", "20000000µs", 20e6 / 40813184), ("m²", "2e7m²", 20e6 / 40813184)])
-def test_targets(unit, text, share):
-    space = tas.Space("resnet20")
-    space.unit = unit
-    assert math.isclose(tas.parse_target(text, space), share * 40813184, rel_tol=1e-6)
+def test_the_halves_of_the_search_do_not_mix(tmp_path, monkeypatch):
+    """Large images, whose split was used before: the batches come from either half in turn."""
+    write_images(tmp_path / "data", "abc", train=8, size=66)
+    data = tas.load_data("imagenet", f"{tmp_path}/data", 66, torch.device("cpu"), 0)
+    assert len(list(data.train.batches(torch.arange(24), 4, True))) == 6
+    pickle.dumps(data.train)  # as for worker processes that are not forks
+    seen = []
+    spy(monkeypatch, tas.LargeImages, "__getitem__", lambda split, item: seen.append(item[0]))
+    assert run("search --data imagenet --data-dir {tmp}/data --image-size 66 --arch resnet18 "
+               "--epochs 2 --batch-size 4 --precision fp32 --workers 0 --out {tmp}/run",
+               tmp=tmp_path) == 0
+    halves = [set(half.tolist()) for half in tas.split_halves(data.train.labels, 0)]
+    assert len(seen) == 48
+    for start in range(0, 48, 4):
+        assert set(seen[start:start + 4]) < halves[start // 4 % 2]
 
-@pytest.mark.parametrize("unit, text", [
-    ("MACs", "20000000"), ("MACs", "41M"), ("MACs", "3ms"), ("MACs", "M"), ("µs", "3M"),
-    ("µs", "2"), ("µs", "µs"), ("µs", "-3µs")])
-def test_targets_that_are_none(unit, text):
-    space = tas.Space("resnet20")
-    space.unit = unit
-    with pytest.raises(tas.TASError, match=f"--flops {text}"):
-        tas.parse_target(text, space)
+def test_what_does_not_change_the_result_is_no_other_setting(root, world, capsys):
+    capsys.readouterr()
+    assert run(HALF + " --workers 1 --quiet --device cpu", root=world) == 0
+    check_same_run(world / "half", root / "whole")
+    assert "half 2/2" not in capsys.readouterr().out
+
+@pytest.mark.parametrize("native, requested, expected", [
+    ({"avx512_bf16": True}, "auto", "bf16"), ({"amx_bf16": True}, "auto", "bf16"),
+    ({"avx512_f": True, "avx512_bf16": False}, "auto", "fp32"), ({}, "auto", "fp32"),
+    ({}, "bf16", "bf16"), ({"avx512_bf16": True}, "fp32", "fp32"), (True, "auto", "bf16"),
+    (False, "auto", "fp32")])
+def test_precision_is_a_rule(monkeypatch, native, requested, expected):
+    """bf16 where it is native: as the processor or CUDA says."""
+    args = tas.build_parser().parse_args(["eval", "DIR", "--data", "synthetic"])
+    args.precision, args.device = requested, torch.device("cpu" if isinstance(native, dict) else
+                                                          "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: native, raising=False)
+    assert tas.native_precision(args) == expected
+
+def test_a_run_keeps_its_precision(root, tmp_path, monkeypatch):
+    """It was begun where bf16 is native, and goes on and is evaluated where it is not."""
+    line = TRAIN.replace("fp32", "auto") + " --out {tmp}/run"
+    with monkeypatch.context() as patch:
+        patch.setattr(tas, "native_precision", lambda args: "bf16")
+        stop_while_writing(patch, 2)
+        assert run(line, root=root, tmp=tmp_path) == 130
+    monkeypatch.setattr(tas, "native_precision", lambda args: "fp32")
+    assert run(line, root=root, tmp=tmp_path) == 0
+    assert tas.read_json(tmp_path / "run" / "run.json")["precision"] == "bf16"
+    monkeypatch.undo()
+    assert run(TRAIN + " --precision bf16 --out {tmp}/whole", root=root, tmp=tmp_path) == 0
+    check_same_run(tmp_path / "run", tmp_path / "whole")
+    assert run(SEARCH + " --precision bf16 --out {tmp}/search", root=root, tmp=tmp_path) == 0
+    for found, in_fp32 in (("run", "whole"), ("search", "runs/search")):
+        assert read_metrics(tmp_path / found) != read_metrics(root / in_fp32)
+    seen = []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # nothing is native
+    spy(monkeypatch, tas, "evaluate", lambda net, split, args: seen.append(args.precision))
+    for precision in ("auto", "fp32"):
+        line = f"eval {CHEAP} --data-dir {root}/data {tmp_path}/run --precision {precision}"
+        assert run(line) == 0
+    assert seen == ["bf16", "fp32"]
+
+# ---- What the commands say, and what they take --------------------------------------------------
 
 @pytest.mark.parametrize("spoiled", [False, True])
 def test_the_teacher_s_accuracy_comes_before_the_search(root, tmp_path, capfd, spoiled):
@@ -2483,6 +2446,61 @@ def test_a_network_for_large_images_on_small_ones(tmp_path, capfd):
         assert run(f"{line}{arch} --arch {arch}") == 0
         assert ("warning: resnet18" in capfd.readouterr().err) == warned
 
+def test_the_time_that_is_left(root, tmp_path, capfd, monkeypatch):
+    """Of all parts of prune; an epoch takes two minutes here."""
+    plain = tas.resources
+    monkeypatch.setattr(tas, "resources", lambda *a: plain(*a) | {"seconds": 120.0})
+    line = PRUNE.replace("--epochs 3", "--epochs 2 --search-epochs 3") + " --out "
+    assert run(line + f"{tmp_path}/runs", root=root) == 0
+    found = re.findall(r"^(\S+) \d/\d.* (\d+) min left in all$", capfd.readouterr().out, re.M)
+    names = ["teacher"] * 2 + ["search"] * 3 + ["pruned"] * 2
+    assert found == [(name, str(2 * (6 - i))) for i, name in enumerate(names)]
+
+def test_a_bar_on_a_terminal(root, tmp_path, capsys, monkeypatch):
+    """One bar with loss, accuracy and MACs, in the place of a line an epoch."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert run(SEARCH + " --out {tmp}/run", root=root, tmp=tmp_path) == 0
+    bar = sys.stderr.getvalue()
+    assert re.search(r"6/6 .*loss \d+\.\d{3}, accuracy \d+\.\d%, MACs \d+\.\d% of the target, "
+                     r"lr \S+, \d+ images/s, \d+ MB, 0 min left in all", bar)
+    assert "1/3:" not in capsys.readouterr().out
+
+def test_what_is_recorded_and_printed_of_odd_names(root, tmp_path, capfd):
+    """The command can be typed again; nothing that is printed moves the cursor."""
+    name = "a b\x1b[2J'c\n"
+    words = TRAIN.format(root=root).split() + ["--epochs", "1", "--out", f"{tmp_path}/{name}"]
+    assert tas.main(words) == 0
+    out, err = capfd.readouterr()
+    assert "\x1b" not in out + err and "a b\\x1b[2J'c\\n" in out and "1/1: " in out
+    line = tas.read_json(tmp_path / name / "run.json")["command"]
+    assert shlex.split(line) == ["python", "tas.py", *words]
+
+def test_a_reader_that_has_seen_enough(root, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    line = TRAIN.format(root=root) + f" --out {tmp_path}"
+    assert start(line, stdout=write) == (141, None, "")
+    os.close(write)
+
+@pytest.mark.parametrize("command", ["", "train", "search", "prune", "eval"])
+def test_help_fits_one_screen(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        run(command + " --help")
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert 10 < out.count("\n") <= 50 and out.startswith(f"usage: tas.py {command}".strip())
+
+def test_import_is_light():
+    names = "matplotlib", "torchvision", "tqdm"
+    code = "import sys, torch; before = set(sys.modules); import tas; " \
+           f"print([n for n in {names} if n in set(sys.modules) - before])"
+    assert start("", "-c", code) == (0, "[]\n", "")
+
 def test_metrics_of_the_machine(root):
     for part in ("teacher", "search"):
         lines = (root / "runs" / part / "metrics.jsonl").read_text().splitlines()
@@ -2491,58 +2509,18 @@ def test_metrics_of_the_machine(root):
             assert low - 0.05 <= line["images_per_second"] <= high + 0.05
             assert 100 < line["memory_mb"] < 1e5
 
-def test_preprocess(root):
-    """As the test images of training are."""
-    make = np.random.default_rng(0).integers(0, 256, (120, 90, 3), dtype=np.uint8)
-    assert tas.preprocess(Image.fromarray(make).convert("L"), 72).shape == (1, 3, 72, 72)
-    data = tas.load_data("folder", f"{root}/data", 8, torch.device("cpu"), 0)
-    [(x, _)] = data.test.batches(torch.arange(8), 8, False)
-    files = sorted((root / "data/val").rglob("*.png"))
-    assert all(torch.equal(tas.preprocess(Image.open(file), 8)[0], image)
-               for file, image in zip(files, x))
+def test_memory_of_the_search(tmp_path):
+    """From the first step on it grows at most 1.5 times as much as that of a training."""
+    growth = {}
+    for command in ("train", "search"):
+        line = f"{command} --data synthetic --arch resnet20 --epochs 1 --precision fp32 " \
+               f"--workers 0 --out {tmp_path}/{command}"
+        status, [seen] = fork("", 0, line, tmp_path / "out")
+        assert status == [0] and seen["steps"] == 4
+        growth[command] = seen["memory"][-1] - seen["memory"][0]  # KB
+    assert 1e5 < growth["train"] and growth["search"] <= 1.5 * growth["train"]
 
-# ---- Photographs, README ------------------------------------------------------------------------
-
-def make_photographs(root):
-    """JPEG files of smooth colours, of many sizes, one of them grey and one for printers."""
-    rng = np.random.default_rng(1)
-    for part, count in (("train", 8), ("val", 3)):
-        for name in ("n01", "n02"):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-                image = Image.fromarray(coarse).resize((90 + 7 * i, 120 - 2 * i), Image.BICUBIC)
-                image = image.convert({0: "L", 1: "CMYK"}.get(i, "RGB"))
-                image.save(root / part / name / f"{name}_{i}.JPEG")
-
-def test_photographs(tmp_path):
-    make_photographs(tmp_path / "data")
-    assert run("prune --data imagenet --data-dir {tmp}/data --arch resnet18 --image-size 72 "
-               "--epochs 1 --batch-size 8 --workers 1 --flops 0.5 --search width --precision bf16 "
-               "--out {tmp}/runs", tmp=tmp_path) == 0
-    assert abs(macs_share(tmp_path / "runs" / "pruned") - 0.5) <= 0.025
-    assert tas.load(tmp_path / "runs" / "pruned")(torch.zeros(1, 3, 72, 72)).shape == (1, 2)
-    for part in ("teacher", "search", "pruned"):
-        assert [line["epoch"] for line in read_metrics(tmp_path / "runs" / part)] == [1]
-        kept = tas.read_json(tmp_path / "runs" / part / "run.json")["settings"]
-        assert kept["weight_decay"] == 1e-4 and kept["images"] == "16 + 6 images, 2 classes"
-
-@pytest.mark.parametrize("size, resized", [(32, 32), (64, 64), (72, 82)])
-def test_test_images_are_resized_and_cropped(tmp_path, size, resized):
-    """The shorter side to the size, or 256/224 of a large one; then the centre."""
-    make_photographs(tmp_path)
-    data = tas.load_data("folder", str(tmp_path), size, torch.device("cpu"), 0)
-    [(images, labels)] = data.test.batches(torch.arange(6), 6, False)
-    assert labels.tolist() == [0] * 3 + [1] * 3 and images.shape == (6, 3, size, size)
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    for x, path in zip(images, sorted((tmp_path / "val").rglob("*.JPEG"))):
-        image = Image.open(path).convert("RGB")
-        short = min(image.size)
-        image = image.resize([int(resized * side / short) for side in image.size], Image.BILINEAR)
-        left, top = [round((side - size) / 2) for side in image.size]
-        pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-        expected = torch.tensor((pixels / 255 - mean) / std).permute(2, 0, 1).float()
-        torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
+# ---- README, reproduce.sh -----------------------------------------------------------------------
 
 def test_readme_points_at_the_right_lines():
     """Every link to a line of tas.py leads to the definition or the section that it names."""
@@ -2562,157 +2540,6 @@ def test_readme_s_commands_are_understood():
     assert len(names) > 5 and [name for name in names if not hasattr(tas, name)] == []
     for path in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"python (tools/\w+\.py)", text):
         assert (HERE / path).exists(), path
-
-# ---- Nothing silently wrong ---------------------------------------------------------------------
-
-def repaint(directory):
-    """Give one image of an ImageFolder other pixels, of the same file name."""
-    path = sorted((directory / "train").rglob("*.png"))[0]
-    Image.new("RGB", Image.open(path).size, (1, 2, 3)).save(path)
-
-def test_other_data_of_the_same_name_are_refused(root, tmp_path, half, capfd):
-    """Finished runs and interrupted ones, of other pixels or of other classes."""
-    shutil.copytree(root / "whole", tmp_path / "whole")
-    repaint(tmp_path / "data")
-    for name in ("whole", "half"):
-        check_refused(capfd, tmp_path, TRAIN + f" --out {{root}}/{name}", "fingerprint was ")
-    shutil.rmtree(tmp_path / "data")
-    write_images(tmp_path / "data", ["dog", "emu"])
-    tas.load_data.cache_clear()  # as in a new process
-    check_refused(capfd, tmp_path, TRAIN + " --out {root}/whole", "fingerprint was ")
-    check_refused(capfd, tmp_path, "eval {root}/whole --data folder --data-dir {root}/data "
-                  "--workers 0", "['a', 'b']", "['dog', 'emu']")
-
-def test_fingerprints_tell_large_images_apart(tmp_path):
-    def of(name):
-        data = tas.load_data("folder", str(tmp_path / name), 66, torch.device("cpu"), 0)
-        return tas.fingerprint(data)
-
-    write_images(tmp_path / "one", size=66)
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    assert of("one") == of("two")
-    (tmp_path / "two/train/a/0.png").rename(tmp_path / "two/train/a/x.png")
-    assert of("one") != of("two")
-
-@pytest.mark.parametrize("mode, suffix", [("I;16", "png"), ("F", "tif"), ("I", "tif")])
-def test_images_of_more_than_8_bits_are_refused(tmp_path, capfd, mode, suffix):
-    write_images(tmp_path / "data")
-    Image.new(mode, (8, 8), 500).save(tmp_path / f"data/train/a/deep.{suffix}")
-    check_refused(capfd, tmp_path, f"train {ONE} --arch resnet20", f"deep.{suffix}", f"mode {mode}")
-
-def test_the_number_of_processes_is_a_setting(tmp_path, half, capfd):
-    info = tas.read_json(half / "run.json")
-    change_json(half / "run.json", {"settings": info["settings"] | {"world": 2}})
-    check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "world was 2, now 1")
-
-@pytest.mark.parametrize("words", [
-    ["--teacher", ""], ["--shape", ""], ["--shape="], ["--epochs=--"], ["--out", ""],
-    ["--data-dir="], ["--teacher=--quiet"]])
-def test_empty_and_dashed_values_are_errors(capfd, words):
-    assert tas.main(["train", "--data", "synthetic", "--arch", "resnet20", *words]) == 2
-    assert f"{words[0].partition('=')[0]}: an empty" in one_line(capfd)
-
-def test_an_exchanged_shape_is_refused(root, tmp_path, capfd):
-    for name in ("runs", "data"):
-        shutil.copytree(root / name, tmp_path / name)
-    shutil.rmtree(tmp_path / "runs" / "pruned")
-    tas.Shape.load(tmp_path / "runs/search").full.save(tmp_path / "runs/search/shape.json")
-    for line in (PRUNE + " --out {root}/runs", DISTIL + " --out {root}/new"):
-        check_refused(capfd, tmp_path, line, "{root}/runs/search", "the search")
-
-def test_running_statistics_belong_to_a_teacher(root, tmp_path, capfd):
-    for name in ("runs", "data"):
-        shutil.copytree(root / name, tmp_path / name)
-    change_state(tmp_path / "runs/teacher/weights.pt",
-                 lambda state: state["bn1.running_mean"].add_(1))
-    check_refused(capfd, tmp_path, PRUNE + " --out {root}/runs", "teacher was ")
-
-@pytest.mark.parametrize("target", [".", "..", "../b"])
-def test_links_to_folders_are_refused(tmp_path, capfd, target):
-    write_images(tmp_path / "data")
-    (tmp_path / "data/train/a/loop").symlink_to(target)
-    check_refused(capfd, tmp_path, f"train {ONE} --arch resnet20", "train/a/loop")
-
-@pytest.mark.parametrize("spoil", [
-    lambda buffer: buffer[:1], lambda buffer: buffer.double(), lambda buffer: buffer.new_zeros(1),
-    lambda buffer: buffer.new_zeros(buffer.numel() * 2)[::2].view(buffer.shape)])
-def test_buffers_of_another_form_are_refused(tmp_path, half, capfd, spoil):
-    """The fused optimisers write past the end of a buffer that is too small."""
-    def change(state):
-        buffers = state["parts"]["optimizer"]["state"][0]
-        buffers["momentum_buffer"] = spoil(buffers["momentum_buffer"])
-
-    change_state(half / "last.ckpt", change)
-    check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "last.ckpt", "--out")
-
-def test_links_in_the_place_of_temporary_files_are_not_followed(tmp_path, half, monkeypatch):
-    (tmp_path / "outside").write_text("mine")
-    for name in ("run.json", "metrics.jsonl", "last.ckpt", "weights.pt"):
-        (half / f"{name}.tmp").unlink(missing_ok=True)
-        (half / f"{name}.tmp").symlink_to(tmp_path / "outside")
-    assert run(TRAIN + " --out {root}/half", root=tmp_path) == 0
-    assert (tmp_path / "outside").read_text() == "mine"
-    monkeypatch.setattr(tas.time, "monotonic_ns", lambda: 7)
-    (tmp_path / f"x.{os.getpid()}-7.tmp").symlink_to(tmp_path / "outside")
-    with pytest.raises(tas.TASError, match="cannot write"):
-        tas.write_file(tmp_path / "x", b"theirs")
-    assert (tmp_path / "outside").read_text() == "mine"
-
-def test_two_commands_in_one_directory(tmp_path, half, capfd):
-    lock = tas.lock_directory(half)
-    check_refused(capfd, tmp_path, TRAIN + " --out {root}/half", "in use by process "
-                  f"{os.getpid()}")
-    lock.close()  # as the end of a process does
-    assert run(TRAIN + " --out {root}/half", root=tmp_path) == 0
-
-def test_processes_whose_launcher_is_gone_stop(root, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(tas, "average_over_processes", lambda *_: None)
-    monkeypatch.setattr(tas.Run, "resume", lambda run, _: setattr(run.args, "world", 2) or [])
-    numbers = itertools.count()
-    monkeypatch.setattr(tas.os, "getppid", lambda: next(numbers))
-    assert run(TRAIN + " --out {tmp}/run", root=root, tmp=tmp_path) == 2
-    assert "launcher" in one_line(capfd)
-
-@pytest.mark.parametrize("names", [{"RANK": "x"}, {"WORLD_SIZE": "x"}, {"RANK": "1"},
-                                   {"RANK": "-1"}, {"WORLD_SIZE": "0"}])
-def test_wrong_places_among_processes(root, capfd, monkeypatch, names):
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    check_refused(capfd, root, f"train {ONE} --arch resnet20", "WORLD_SIZE")
-
-def test_pipes_are_not_waited_for(tmp_path, half, capfd):
-    os.mkfifo(tmp_path / "shape.json")
-    check_refused(capfd, tmp_path, f"train {CHEAP} --data-dir {{root}}/data --shape "
-                  "{root}/shape.json", "shape.json")
-    os.mkfifo(tmp_path / "data/train/a/x.png")
-    check_refused(capfd, tmp_path, f"train {ONE} --arch resnet20", "x.png")
-    (half / "last.ckpt").unlink()
-    os.mkfifo(half / "last.ckpt")
-
-@pytest.mark.parametrize("error, word", [
-    (OSError(24, "Too many open files"), "Too many open files"),
-    (PermissionError(13, "Permission denied", "/x"), "/x"), (MemoryError(), "--batch-size"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "DataLoader worker")])
-def test_errors_of_the_machine_are_one_line(root, capfd, monkeypatch, error, word):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(tas, "evaluate", fail)
-    assert run(f"eval {{root}}/whole {CHEAP.replace('--precision fp32', '')} --data-dir "
-               "{root}/data", root=root) == 2
-    assert word in one_line(capfd)
-
-def test_one_image_cannot_be_normalised(root, capfd):
-    check_refused(capfd, root, f"train {ONE} --arch resnet20 --batch-size 1", "--batch-size 1")
-
-@given(st.text(min_size=1, max_size=900))
-def test_messages_are_printable_and_short(text):
-    shown = tas.printable(text)
-    assert shown.isprintable() and len(shown) <= 500
-    assert shown == text or not text.isprintable() or len(text) > 500
-
-# ---- The plan of reproduce.sh -------------------------------------------------------------------
 
 NAMES = ["smoke", "cpu", "budgets", "full20", "table", "table1", "table2", "table3", "figure3"]
 
