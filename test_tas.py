@@ -1633,6 +1633,7 @@ def test_wrong_command_lines(root, capfd, line, words):
 
 @pytest.mark.parametrize("names, words", [
     ({"WORLD_SIZE": "4"}, ["--batch-size 6", "4 processes"]),
+    ({"WORLD_SIZE": "2"}, ["torchrun"]),
     *[(names, ["WORLD_SIZE"]) for names in (
         {"RANK": "x"}, {"WORLD_SIZE": "x"}, {"RANK": "1"}, {"RANK": "-1"}, {"WORLD_SIZE": "0"})]])
 def test_wrong_places_among_processes(root, capfd, monkeypatch, names, words):
@@ -1696,9 +1697,35 @@ def momentum(change):
         buffers["momentum_buffer"] = change(buffers["momentum_buffer"])
     return state(spoil)
 
+def renumber(state):
+    """Names for the parameters that no parameter has."""
+    optimizer = state["parts"]["optimizer"]
+    names = range(1000, 1000 + len(optimizer["param_groups"][0]["params"]))
+    optimizer["param_groups"][0]["params"] = list(names)
+    optimizer["state"] = {name: {"momentum_buffer": torch.zeros(1)} for name in names}
+
 def exchange_shape(world):
     shutil.rmtree(world / "runs/pruned")
     tas.Shape.load(world / "runs/search").full.save(world / "runs/search/shape.json")
+
+def change_teacher(recorded):
+    """Other running statistics; its run has recorded a checksum of the weights, or not."""
+    def spoil(world):
+        teacher = world / "runs/teacher"
+        change_state(teacher / "weights.pt", lambda state: state["bn1.running_mean"].add_(1))
+        result = tas.read_json(teacher / "run.json")["result"]
+        if not recorded:
+            change_json(teacher / "run.json", {"result": result | {"weights": None}})
+    return spoil
+
+def link_lock(world):
+    (world / "half/.lock").unlink(missing_ok=True)
+    (world / "precious").write_text("mine")
+    (world / "half/.lock").symlink_to(world / "precious")
+
+def damage_a_later_part(world):
+    (world / "new/pruned").mkdir(parents=True)
+    (world / "new/pruned/run.json").write_bytes(b"{}")
 
 EVAL = f"eval {CHEAP} --data-dir {{root}}/data {{root}}/"
 SPOILED = [
@@ -1733,21 +1760,29 @@ SPOILED = [
     (other_images("dog", "emu"), EVAL + "whole", ["['a', 'b']", "['dog', 'emu']"]),
     (other_images(*"abc"), EVAL + "runs/pruned", ["2", "3", "classes"]),
     (other_images(*"abc"), NEW + " --teacher {root}/runs/teacher", ["2", "3", "classes"]),
+    (other_images("dog", "emu"), NEW + " --teacher {root}/runs/teacher",
+     ["{root}/runs/teacher", "['a', 'b']", "['dog', 'emu']"]),
     # Shapes.
     *[(spoil, NEW + " --shape {root}/shape.json", ["{root}/shape.json", *words])
       for spoil, *words in (
           (shape_file(stem=1000), "stem", "1000"), (shape_file(extra=1), "extra"),
           (shape_file(num_classes=3), "num_classes 3", "2"), (write("shape.json", b""),),
           (pipe("shape.json"),))],
-    *[(exchange_shape, line, ["{root}/runs/search", "the search"])
-      for line in (PRUNE + " --out {root}/runs", DISTIL + " --out {root}/new")],
+    *[(exchange_shape, line, ["{root}/runs/search", "the run beside it"])
+      for line in (PRUNE + " --out {root}/runs", DISTIL + " --out {root}/new",
+                   SEARCH + " --out {root}/runs/search")],
     # Files of a run.
     *[(write("half/run.json", content), HALF, ["{root}/half/run.json"]) for content in (
         b"", b"{", b"[]", b"{}", b'{"settings": []}', b'{"settings": null}', b'{"settings": {}}')],
     (write("runs/search/run.json", b"[]"), GUIDED + " --out {root}/new",
      ["{root}/runs/search/run.json"]),
-    (state(lambda state: state["bn1.running_mean"].add_(1), "runs/teacher/weights.pt"),
-     PRUNE + " --out {root}/runs", ["teacher was "]),
+    (write("runs/teacher/run.json", b"{"), GUIDED + " --out {root}/new",
+     ["{root}/runs/teacher/run.json"]),
+    (change_teacher(recorded=True), PRUNE + " --out {root}/runs",
+     ["{root}/runs/teacher/weights.pt"]),
+    (change_teacher(recorded=False), PRUNE + " --out {root}/runs", ["teacher was "]),
+    (damage_a_later_part, PRUNE + " --out {root}/new", ["{root}/new/pruned/run.json"]),
+    (link_lock, HALF, ["{root}/half"]),
     *[(spoil, HALF, ["{root}/half/last.ckpt", remedy]) for spoil, remedy in (
         (cut("half/last.ckpt", 100_000), "delete it"), (cut("half/last.ckpt", 0), "delete it"),
         (write("half/last.ckpt", b"hello"), "delete it"), (pipe("half/last.ckpt"), "delete it"),
@@ -1757,6 +1792,13 @@ SPOILED = [
         *[(state(lambda state, name=name: state.pop(name)), "--out")
           for name in ("parts", "metrics", "settings", "rng")],
         (state(lambda state: state["parts"]["net"].popitem()), "--out"),
+        (state(lambda state: state["settings"].update({5: 5})), "--out"),
+        (state(lambda state: state["metrics"].clear()), "--out"),
+        *[(state(lambda state, odd=odd: state["metrics"][0].update(odd)), "--out")
+          for odd in ({"epoch": 2}, {"seconds": "x"}, {"lr": math.nan})],
+        (state(lambda state: state["parts"]["optimizer"]["state"].clear()), "--out"),
+        (state(lambda state: state["parts"]["optimizer"]["state"][3].clear()), "--out"),
+        (state(renumber), "--out"),
         *[(momentum(change), "--out") for change in (
             lambda t: t[:1], lambda t: t.double(), lambda t: t.new_zeros(1),
             lambda t: t.new_zeros(t.numel() * 2)[::2].view(t.shape))])]]
@@ -1799,7 +1841,8 @@ def test_a_pickle_is_not_executed(world, tmp_path, capfd, name, line):
     torch.load(world / name, weights_only=False)
     assert (tmp_path / "executed").exists()  # the file is as dangerous as it should be
 
-@pytest.mark.parametrize("result", [[], "done", {}, {"accuracy": "high"}, {"accuracy": None}])
+@pytest.mark.parametrize("result", [[], "done", {}, {"accuracy": "high"}, {"accuracy": None},
+                                    {"accuracy": 10 ** 400}, {"accuracy": math.nan}])
 def test_a_damaged_result_is_made_anew(root, world, capfd, result):
     """From the checkpoint, which is whole; without one it is refused."""
     half = world / "half"
@@ -1811,7 +1854,7 @@ def test_a_damaged_result_is_made_anew(root, world, capfd, result):
     check_same_run(half, root / "whole")
 
 @pytest.mark.parametrize("part, change, lost", [
-    ("teacher", {"result": None}, []), ("teacher", b"{", []), ("search", {"result": None}, []),
+    ("teacher", {"result": None}, []), ("search", {"result": None}, []),
     ("search", {"settings": None}, ["search"])])
 def test_a_damaged_run_file_of_a_part(root, world, part, change, lost):
     """What came from a teacher or a shape of a damaged run lacks that entry alone."""
@@ -1963,6 +2006,9 @@ def test_a_loss_that_is_not_finite_is_located(root, tmp_path, capfd, monkeypatch
     (OSError(24, "Too many open files"), "Too many open files"),
     (PermissionError(13, "Permission denied", "/x"), "/x"), (MemoryError(), "--batch-size"),
     (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
+    (RuntimeError("could not create a primitive"), "--batch-size"),
+    (RuntimeError("std::bad_alloc"), "--batch-size"),
+    (OSError("Caught OSError in worker\nTraceback\nOSError: no disk"), "error: OSError: no disk"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "DataLoader worker")])
 def test_errors_of_the_machine_are_one_line(root, capfd, monkeypatch, error, word):
     def fail(*_, **__):
@@ -2185,10 +2231,36 @@ def test_processes_whose_launcher_is_gone_stop(root, tmp_path, monkeypatch, capf
     assert "launcher" in one_line(capfd)
 
 def test_two_commands_in_one_directory(world, capfd):
-    lock = tas.lock_directory(world / "half")
-    check_refused(capfd, world, HALF, f"in use by process {os.getpid()}")
-    lock.close()  # as the end of a process does
+    ready, told = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        lock = tas.lock_directory(world / "half")
+        os.write(told, b"locked")
+        signal.pause()
+        lock.close()
+    os.read(ready, 6)
+    check_refused(capfd, world, HALF, f"in use by process {holder}")
+    os.kill(holder, signal.SIGKILL)  # the lock goes with its process
+    os.waitpid(holder, 0)
     assert run(HALF, root=world) == 0
+
+@pytest.mark.parametrize("change", [{"lr": 100.0}, {"momentum": 0}, {"maximize": True}])
+def test_settings_of_an_optimizer_are_those_of_the_command(root, world, change):
+    change_state(world / "half/last.ckpt", lambda state: state["parts"]["optimizer"][
+        "param_groups"][0].update(change))
+    assert run(HALF, root=world) == 0
+    check_same_run(world / "half", root / "whole")
+
+def test_a_closed_standard_output(root, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    check_refused(capfd, root, NEW, "standard output")
+
+def test_letters_that_the_output_lacks(world, monkeypatch):
+    shutil.copytree(world / "whole", world / "é中")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert run(EVAL + "é中", root=world) == 0
+    sys.stdout.flush()
+    assert rb"\xe9\u4e2d: accuracy" in sys.stdout.buffer.getvalue()
 
 # ---- What the commands leave --------------------------------------------------------------------
 
@@ -2428,6 +2500,8 @@ def test_the_teacher_s_accuracy_comes_before_the_search(root, tmp_path, capfd, s
             t.zero_() for name, t in state.items() if name.startswith("fc.")])
         net.fc.weight.data.zero_()
         net.fc.bias.data.zero_()
+        result = read_result(tmp_path / "teacher") | {"weights": None}
+        change_json(tmp_path / "teacher/run.json", {"result": result})
     data = tas.load_data("folder", f"{root}/data", 8, torch.device("cpu"), 0)
     [(x, y)] = data.test.batches(torch.arange(8), 8, False)
     with torch.no_grad():
