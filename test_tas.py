@@ -1855,7 +1855,7 @@ def test_a_damaged_result_is_made_anew(root, world, capfd, result):
 
 @pytest.mark.parametrize("part, change, lost", [
     ("teacher", {"result": None}, []), ("search", {"result": None}, []),
-    ("search", {"settings": None}, ["search"])])
+    ("search", {"result": "done"}, []), ("search", {"settings": None}, ["search"]),
 def test_a_damaged_run_file_of_a_part(root, world, part, change, lost):
     """What came from a teacher or a shape of a damaged run lacks that entry alone."""
     change_json(world / "runs" / part / "run.json", change)
