@@ -1856,6 +1856,7 @@ def test_a_damaged_result_is_made_anew(root, world, capfd, result):
 @pytest.mark.parametrize("part, change, lost", [
     ("teacher", {"result": None}, []), ("search", {"result": None}, []),
     ("search", {"result": "done"}, []), ("search", {"settings": None}, ["search"]),
+    ("search", {"settings": [1]}, ["search"])])
 def test_a_damaged_run_file_of_a_part(root, world, part, change, lost):
     """What came from a teacher or a shape of a damaged run lacks that entry alone."""
     change_json(world / "runs" / part / "run.json", change)
