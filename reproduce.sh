@@ -66,10 +66,12 @@ test() { run -m pytest -q test_tas.py tools; }
 
 small=(--data "${DATA:-folder}" --data-dir "${DATA_DIR:-data/cifar10}" ${BATCH:+--batch-size "$BATCH"})
 
+searching=(tas.py)
+
 row() {  # row STUDY NAME SEED TRANSFER EPOCHS TARGET [search flags]: find a shape, train it
     local dir=$1/$2-$3 seed=$3 transfer=$4 epochs=$5 target=$6
     shift 6
-    run tas.py search "${small[@]}" --arch resnet20 --flops "$target" --seed "$seed" \
+    run "${searching[@]}" search "${small[@]}" --arch resnet20 --flops "$target" --seed "$seed" \
         --epochs "${EPOCHS:-12}" --out "$dir/search" "$@"
     run tas.py train "${small[@]}" --shape "$dir/search/shape.json" --teacher "$teacher" \
         --transfer "$transfer" --epochs "${EPOCHS:-$epochs}" --seed "$seed" --out "$dir/$transfer"
@@ -125,7 +127,14 @@ budgets() {
     for target in 0.3 0.2 0.4; do
         row "$study" "random-$target" 2 kd 15 "$target" --method random
     done
-    cost 41 50 "$(awk 'BEGIN { print 12 * 2.5 * 12 + 27 * 1.9 * 15 }')"
+    searching=(tools/warm.py "$teacher")  # beyond the paper
+    for seed in ${SEEDS:-0 1}; do
+        for target in 0.3 0.2 0.4; do
+            row "$study" "warm-$target" "$seed" kd 15 "$target" --align pad \
+                --epochs "${EPOCHS:-8}"
+        done
+    done
+    cost 41 50 "$(awk 'BEGIN { print 12 * 2.5 * 12 + 6 * 2.5 * 8 + 33 * 1.9 * 15 }')"
     run tools/report.py "$study"
 }
 

@@ -2632,7 +2632,9 @@ def test_every_experiment_is_a_plan_of_commands(name):
         lines = [line.split() for line in plan.stdout.splitlines() if line.startswith("python ")]
         assert lines[-1][1] in ("tools/report.py", "tools/bench.py")
         for _, program, *words in lines:
-            if program not in ("tas.py", "tools/graphs.py"):
+            if program == "tools/warm.py":
+                assert words.pop(0) in made  # a teacher
+            elif program not in ("tas.py", "tools/graphs.py"):
                 assert (HERE / program).is_file()
                 continue
             args = tas.build_parser().parse_args(words)

@@ -61,7 +61,8 @@ def unusual(command, settings, *but):
 def name_method(info, shape, search):
     """How the size of a network was found."""
     if search:
-        return str(search["method"]) + unusual("search", search, *SHARED)
+        start = "warm " if "warm" in search else ""  # by tools/warm.py
+        return start + str(search["method"]) + unusual("search", search, *SHARED)
     if shape == shape.full:
         return "unpruned"
     return f"given {argument(info, '--shape').removesuffix('.json') or 'shape'}"
