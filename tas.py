@@ -15,6 +15,7 @@ kd_loss; training: train; the search: search.
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import io
@@ -1547,15 +1548,12 @@ def require_same_form(part, saved):
         if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
             raise ValueError(f"{tuple(b.shape)} {b.dtype} for {tuple(a.shape)} {a.dtype}")
 
-def processor():
-    """What torch knows of the processor: its name, and which instructions it has."""
-    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-
 def machine(device):
     """Name of the GPU, or of the processor and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor().get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
+    processor = getattr(torch.cpu, "get_capabilities", dict)()
+    return f"{processor.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
 
 def native_precision(args):
     """--precision or, for auto, bf16 where the device computes it natively, else fp32."""
@@ -1564,7 +1562,8 @@ def native_precision(args):
     if args.device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = processor().get("avx512_bf16") or processor().get("amx_bf16")
+        processor = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 has none
+        native = processor.get("avx512_bf16") or processor.get("amx_bf16")
     return "bf16" if native else "fp32"
 
 def read_run(path):
@@ -1621,16 +1620,12 @@ def setup(args):
     if not is_first():
         sys.stdout = open(os.devnull, "w")
     torch.backends.cudnn.benchmark = True
-    keep_freed_memory()
-    torch.manual_seed(args.seed)
-
-def keep_freed_memory():
-    """Let glibc keep freed memory: on a CPU a search step is then a fifth faster."""
-    import ctypes
-    mmap_threshold, trim_threshold = -3, -1  # glibc's numbers of these options
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
+        mmap_threshold, trim_threshold = -3, -1  # glibc's numbers of these options
+        # It keeps freed memory: on a CPU a search step is a fifth faster.
         ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 25)
         ctypes.CDLL(None).mallopt(trim_threshold, 2 ** 31 - 1)
+    torch.manual_seed(args.seed)
 
 def open_data(args, epochs, halves=1):
     """The Data of a command for args.arch, after setup. Defaults that depend on the images are
@@ -1692,12 +1687,6 @@ def print_result(args, text, following):
         data = f"--data {args.data} --data-dir {args.data_dir} --image-size {args.image_size}"
         say(f"next: python {following.replace('DATA', data)}")
 
-def require_equal(path, shape, other, whose, *names):
-    """TASError unless two Shapes agree in these fields."""
-    for name in names:
-        a, b = getattr(shape, name), getattr(other, name)
-        require(a == b, f"{path} has {name} {a}, {whose} {b}; choose another one")
-
 def read_shape(args):
     """The Shape of --shape or --init, which settles --arch and --image-size."""
     path = args.shape or args.init
@@ -1719,8 +1708,8 @@ def load_teacher(args, shape, data):
     net = load(args.teacher, trained=True)
     require(net.shape == net.shape.full,
             f"--teacher {args.teacher} is a pruned network; give the unpruned one")
-    require_equal(f"--teacher {args.teacher}", net.shape, shape, "the network to train",
-                  "arch", "num_classes")
+    require(net.shape.arch == shape.arch, f"--teacher {args.teacher} is {net.shape.arch}, the "
+            f"network to train {shape.arch}; choose another one")
     require_classes(args.teacher, net, data)
     return net
 
@@ -1753,7 +1742,9 @@ def command_train(args):
     if start:
         shape = dataclasses.replace(shape, num_classes=full.num_classes, image_size=full.image_size)
     shape = shape or full
-    require_equal(args.shape, shape, full, "the data", "num_classes", "image_size")
+    for name in ("num_classes", "image_size"):
+        a, b = getattr(shape, name), getattr(full, name)
+        require(a == b, f"{args.shape} has {name} {a}, the data {b}; choose another one")
     teacher = load_teacher(args, shape, data) if args.teacher else None
     run = Run(args, data, "teacher" if shape == full else "pruned", TRAIN_SETTINGS,
               shape=dataclasses.asdict(shape), teacher=checksum(teacher), init=checksum(start))
