@@ -89,7 +89,7 @@ def main(argv=None):
     def plan(args):
         data, space, *rest = plan_search(args)
         args.teacher = argv[0]
-        args.warm = tas.checksum(tas.load_teacher(args, space.full))  # a setting of the run
+        args.warm = tas.checksum(tas.load_teacher(args, space.full, data))  # a setting of the run
         return data, space, *rest
 
     def warm(space, align):
