@@ -45,6 +45,7 @@ import report
 import split
 import sweep
 import tas
+import times
 import timing
 import trajectory
 import weights
@@ -922,6 +923,40 @@ def test_searches_alone_are_drawn_over_each_other(world, tmp_path, capsys, monke
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 3 and all(f"{lines[-1]['val_accuracy']:.2f}" in row for row in rows[1:])
     assert rows[1].startswith("| one | resnet20 | tas") and "align pad" in rows[2]
+
+# ---- times --------------------------------------------------------------------------------------
+
+def write_times(path, **shapes):
+    """As tools/bench.py writes them: milliseconds at batches of 1 and 4."""
+    rows = [{"case": "training", "ms": 5.0}]
+    for shape, times in shapes.items():
+        rows += [{"case": f"inference, {shape}, batch {batch}", "ms": ms}
+                 for batch, ms in zip((1, 4), times)]
+    path.write_text(json.dumps({"rows": rows}))
+    return path
+
+def test_times_beside_accuracies(world, tmp_path, capsys):
+    """Each shape has the accuracy of what was trained of it under distillation."""
+    file = write_times(tmp_path / "all.json", unpruned=(2, 8), **{f"{world}/runs/search": (1, 6)})
+    assert times.main([str(file)]) == 0
+    result = tas.read_json(world / "runs/pruned/run.json")["result"]
+    kept = result["macs"] / result["full_macs"]
+    cells = ["tas", f"{kept:.3f}", "1.00", "0.50", "6.00", "0.75", f"{result['accuracy']:.2f}"]
+    text = (tmp_path / "all.md").read_text()
+    assert f"| {' | '.join(cells)} | " in text and text in capsys.readouterr().out
+    assert text.count("\n") == 3 and (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+def test_times_of_what_cannot_be_told(world, tmp_path, capsys):
+    only = write_times(tmp_path / "only.json", unpruned=(2, 8))
+    check_refused(capsys, times, only, words=[only, "unpruned"])
+    none = write_times(tmp_path / "none.json", **{f"{world}/runs/search": (1, 6)})
+    check_refused(capsys, times, none, words=[none, "unpruned"])
+    alone = shutil.copytree(world / "runs/search", tmp_path / "alone/search")
+    file = write_times(tmp_path / "alone.json", unpruned=(2, 8), **{str(alone): (1, 6)})
+    check_refused(capsys, times, file, words=[alone, "distillation"])
+    for content in ("{}", '{"rows": 3}', "[", '{"rows": [{"case": "inference, x", "ms": 1}]}'):
+        file.write_text(content)
+        check_refused(capsys, times, file, words=[file])
 
 # ---- gpu_check ----------------------------------------------------------------------------------
 
