@@ -8,7 +8,7 @@ help() {
     cat <<'END'
 bash reproduce.sh NAME [--dry-run]     --dry-run prints the commands and what they cost
 
-  smoke      teacher, search and distillation on synthetic data: a minute or two on two cores
+  smoke      teacher, search and distillation on synthetic data: one to four minutes on two cores
   test       the tests
   cpu        ResNet-20 on CIFAR-10 at 0.55 of the MACs, short schedule: two days of two cores
   budgets    the same at 0.2, 0.3 and 0.4 of the MACs
