@@ -275,14 +275,13 @@ def count_macs(shape):
     arch = ARCHS[shape.arch]
     channels = [shape.stem]
     for blocks, depth in zip(shape.stages, arch.depths):
-        dropped = [0] * len(arch.kernels) * (depth - len(blocks))
+        dropped = [0] * len(arch.kernels) * (depth - len(blocks))  # without channels, without cost
         channels += [*itertools.chain(*blocks), *dropped]
     channels += [blocks[-1][-1] for blocks in shape.stages] + [1]
     macs = 0
     for layer in network_layers(arch, shape.image_size, shape.num_classes):
         c_in, c_out = channels[layer.c_in], channels[layer.c_out]
-        kept = layer.block < len(shape.stages[layer.stage])
-        if kept and not (layer.kind == "shortcut" and c_in == c_out):
+        if layer.kind != "shortcut" or c_in != c_out:
             macs += layer.macs * c_in * c_out
     return macs
 
