@@ -23,7 +23,11 @@ def run(parser, function, argv):
         for stream in (sys.stdout, sys.stderr):  # a terminal may lack letters of a name
             stream.reconfigure(errors="backslashreplace")
     try:
-        return function(parser.parse_args(argv)) or 0
+        args = parser.parse_args(argv)
+        for name, value in vars(args).items():  # of an unset variable
+            given = value if isinstance(value, list) else [value]
+            tas.require("" not in given, f"{name.replace('_', '-')}: an empty value")
+        return function(args) or 0
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
         with contextlib.suppress(OSError):  # so that Python's last flush does not fail as well
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -740,6 +740,8 @@ def test_an_accuracy_of_another_log_is_left_out(world, tmp_path, capsys):
 def test_report_of_nothing(world, tmp_path, capsys):
     check_refused(capsys, report, tmp_path / "none", words=[tmp_path / "none"])
     check_refused(capsys, report, tmp_path, words=[tmp_path, "no finished run"])
+    check_refused(capsys, report, "", words=["dirs", "empty"])
+    check_refused(capsys, report, tmp_path, "--out", "", words=["out", "empty"])
     base = shutil.copytree(world / "runs" / "teacher", tmp_path / "half")
     change(base, result=None)
     check_refused(capsys, report, tmp_path, words=["no finished run"])
@@ -1122,6 +1124,10 @@ def test_weights_are_not_executed(tmp_path, capsys, monkeypatch):
     for source, word in ((str(file), "cannot read"), ("torchvision", "damaged")):
         assert weights.main([source, "--arch", "resnet18", "--out", f"{tmp_path}/run"]) == 2
         assert word in capsys.readouterr().err
+    file.unlink()
+    os.mkfifo(file)  # which would be waited for
+    assert weights.main(["torchvision", "--arch", "resnet18", "--out", f"{tmp_path}/run"]) == 2
+    assert "no plain file" in capsys.readouterr().err
     assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
 
 def test_torchvision_s_weights(tmp_path, capsys, monkeypatch):

@@ -31,6 +31,7 @@ def torchvision_file(arch):
         with tas.errors_as(f"cannot download {url} ({{}}); put that file into {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file), wanted, progress=False)
+    tas.require_file(file)
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     tas.require(found.startswith(wanted), f"{file} is damaged; delete it")
     return file
