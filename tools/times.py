@@ -32,9 +32,10 @@ def read_times(path):
 
 def find_network(search):
     """The finished training, by distillation, of the shape that a search found."""
+    shape = tas.Shape.load(search)
     for path in sorted(Path(search).parent.glob("*/run.json")):
         found = read_run(path.parent)
-        if found and found.transfer == "kd" and found.shape == tas.Shape.load(search):
+        if found and found.transfer == "kd" and found.shape == shape:
             return found
     raise tas.TASError(f"no network of {search} was trained by distillation beside it")
 
