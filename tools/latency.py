@@ -78,8 +78,8 @@ def draw(found, path):
     axis.plot([0, most], [0, most], color="0.7", linewidth=1)
     axis.plot(one["predicted"], one["measured"], "o", color="#1f77b4")
     axis.set(xlabel=f"predicted ({found['unit']})", ylabel=f"measured ({found['unit']})",
-             xlim=(0, most), ylim=(0, most), title=f"{found['arch']}, random shapes: correlation "
-             f"{one['correlation']:.3f}, error {one['mean_error']:.1%}")
+             xlim=(0, most), ylim=(0, most), title=f"{found['arch']}, random shapes:\ncorrelation "
+             f"{one['correlation']:.3f}, mean error {one['mean_error']:.1%}")
     figure.savefig(path, dpi=110)
 
 def latency(args):
