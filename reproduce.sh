@@ -12,6 +12,7 @@ bash reproduce.sh NAME [--dry-run]     --dry-run prints the commands and what th
   test       the tests
   cpu        ResNet-20 on CIFAR-10 at 0.55 of the MACs, short schedule: two days of two cores
   budgets    the same at 0.2, 0.3 and 0.4 of the MACs
+  latency    the same for ResNet-20 and ResNet-56 under MACs and under milliseconds
   full20     ResNet-20 on CIFAR-10 with the paper's schedule: a day of two quiet cores
   table      the paper's rows of TAS with KD, CIFAR-10 and CIFAR-100 (and ImageNet's where IMAGENET
              names its folder); the name may be left out
@@ -71,8 +72,8 @@ searching=(tas.py)
 row() {  # row STUDY NAME SEED TRANSFER EPOCHS TARGET [search flags]: find a shape, train it
     local dir=$1/$2-$3 seed=$3 transfer=$4 epochs=$5 target=$6
     shift 6
-    run "${searching[@]}" search "${small[@]}" --arch resnet20 --flops "$target" --seed "$seed" \
-        --epochs "${EPOCHS:-12}" --out "$dir/search" "$@"
+    run "${searching[@]}" search "${small[@]}" --arch "${arch:-resnet20}" --flops "$target" \
+        --seed "$seed" --epochs "${EPOCHS:-12}" --out "$dir/search" "$@"
     run tas.py train "${small[@]}" --shape "$dir/search/shape.json" --teacher "$teacher" \
         --transfer "$transfer" --epochs "${EPOCHS:-$epochs}" --seed "$seed" --out "$dir/$transfer"
 }
@@ -135,6 +136,25 @@ budgets() {
         done
     done
     cost 41 50 "$(awk 'BEGIN { print 12 * 2.5 * 12 + 6 * 2.5 * 8 + 33 * 1.9 * 15 }')"
+    run tools/report.py "$study"
+}
+
+latency() {  # scaled widths, and searches under MACs, in multiples of 8 and under milliseconds
+    local study=${ROOT:-runs/latency} seed arch macs
+    while read -r arch macs; do
+        teacher=$study/$arch-teacher
+        run tas.py train "${small[@]}" --arch "$arch" --epochs "${EPOCHS:-20}" --out "$teacher"
+        run tools/latency.py "$arch" ${BATCH:+--batch-size "$BATCH"} -o "$study/$arch.json"
+        for seed in ${SEEDS:-0 1}; do
+            row "$study" "$arch-uniform" "$seed" kd 15 0.4 --method uniform
+            row "$study" "$arch-macs" "$seed" kd 15 0.4
+            row "$study" "$arch-macs8" "$seed" kd 15 0.4 --round 8
+            row "$study" "$arch-time" "$seed" kd 15 0.6 --cost "$study/$arch.json"
+        done
+        run tools/bench.py "$arch" --shape "$study/$arch"-*/search --json "$study/$arch-times.json"
+        run tools/times.py "$study/$arch-times.json"
+        cost "$macs" 50 "$(awk 'BEGIN { print 3 * 20 + 6 * 2.5 * 12 + 8 * 2.2 * 15 }')"
+    done <<<$'resnet20 41\nresnet56 126'
     run tools/report.py "$study"
 }
 
@@ -256,7 +276,7 @@ case "$#$dry:$name" in
 esac
 case $name in
     help) help; exit ;;
-    smoke | test | cpu | budgets | full20 | table | table1 | table2 | table3 | figure3) ;;
+    smoke | test | cpu | budgets | full20 | latency | table | table1 | table2 | table3 | figure3) ;;
     *) help >&2; exit 2 ;;
 esac
 [ -n "$dry" ] || setup

@@ -2723,7 +2723,8 @@ def test_readme_s_commands_are_understood():
     for path in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"python (tools/\w+\.py)", text):
         assert (HERE / path).exists(), path
 
-NAMES = ["smoke", "cpu", "budgets", "full20", "table", "table1", "table2", "table3", "figure3"]
+NAMES = ["smoke", "cpu", "budgets", "latency", "full20", "table", "table1", "table2", "table3",
+         "figure3"]
 
 def reproduce(*words, **names):
     return subprocess.run(["bash", "reproduce.sh", *words], cwd=HERE, text=True, timeout=LIMIT,

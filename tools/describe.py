@@ -69,12 +69,18 @@ def table(shape):
         lines.append(f"{name:<24}{width:>6}{full_width:>6}{macs:>15,}{macs / total:>8.1%}  {bar}")
     return lines
 
+def other_cost(network):
+    """The cost of a run's network under a table of --cost, in words; "" without one."""
+    settings, result, _ = tas.read_run(network)
+    searched = result.get("search") or settings  # of a training, or of a search
+    return f", {result['cost']:.4g} {searched['unit']}" if result.get("cost") else ""
+
 def describe(args):
     """Print the table of a network, and its size in words."""
     shape = find_shape(args.network)
     print("\n".join(table(shape)))
     print(f"{shape.arch}, {shape.num_classes} classes, {shape.image_size} pixels: "
-          f"{tas.summary(shape)}")
+          f"{tas.summary(shape)}{other_cost(args.network)}")
 
 def main(argv=None):
     """Print the table; returns the exit status."""

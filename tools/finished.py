@@ -4,23 +4,20 @@ A run is what `tas.py train` or `search` leaves in a directory. Runs of other ve
 entry; what is missing is None or "not recorded" here.
 """
 
-import contextlib
 import json
-import re
-import shlex
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tas
+from naming import MACS, argument, name_method, unusual
 
 MISSING = "not recorded"
 MEASURED = {  # what every line of metrics.jsonl must have
     "train": ("epoch", "test_accuracy"),
     "search": ("epoch", "expected_macs", "argmax_macs", "width_discrepancy", "depth_discrepancy")}
-OWN_COLUMN = "arch", "data", "seed", "precision", "method", "transfer"  # of the table
-SHARED = "batch_size", "lr"  # settings of a search that are told of the training alone
 APART = "seed", "teacher"  # settings in which the runs of a row may differ
 
 def number(value):
@@ -38,34 +35,6 @@ def read_lines(path, names):
             for name in names:
                 number(lines[-1][name])
     return lines
-
-def argument(info, flag):
-    """Name of the file or folder that a flag of the recorded command gives; "" without one."""
-    found = re.search(rf" {flag}[ =](.+?)(?= --|$)", str(info.get("command")), re.DOTALL)
-    text = found[1] if found else ""
-    with contextlib.suppress(ValueError):  # older runs have no quotation marks
-        text = shlex.split(text)[0] if text.startswith("'") else text
-    return Path(text).name
-
-def unusual(command, settings, *but):
-    """The settings, `but` for some, that differ from the defaults of a command, in words."""
-    text = ""
-    line = [command, "--data=synthetic", "--arch=resnet20"]
-    for name, usual in vars(tas.build_parser().parse_args(line)).items():
-        value = settings.get(name, usual)
-        # A default of None depends on other settings.
-        if usual is not None and value != usual and name not in OWN_COLUMN + but:
-            text += f", {name.replace('_', '-')} {str(value)[:40]}"
-    return text
-
-def name_method(info, shape, search):
-    """How the size of a network was found."""
-    if search:
-        start = "warm " if "warm" in search else ""  # by tools/warm.py
-        return start + str(search["method"]) + unusual("search", search, *SHARED)
-    if shape == shape.full:
-        return "unpruned"
-    return f"given {argument(info, '--shape').removesuffix('.json') or 'shape'}"
 
 def read_run(path):
     """What the report shows of the run in a directory, None when it is not finished. TASError when
@@ -112,8 +81,10 @@ def fields(path, info, shape, search, lines):
         other=unusual("train", settings).removeprefix(", ") if training else "",
         same=json.dumps(same, sort_keys=True), seed=number(settings["seed"]), epochs=epochs,
         precision=str(info.get("precision", MISSING)), machine=str(info.get("machine", MISSING)),
-        target=number(search["target"]) if search else None,        # in MACs
+        unit=str(search.get("unit", MACS)),  # of the target and of the cost
+        target=number(search["target"]) if search else None,
         tolerance=number(search["tolerance"]) if search else None,  # as a share of it
+        cost=number(result.get("cost") or result["macs"]),
         macs=result["macs"], full_macs=tas.count_macs(shape.full),
         params=number(result["params"]), seconds=number(result["seconds"]),
         accuracy=number(result["accuracy"]) if training else None,  # in %
@@ -128,3 +99,29 @@ def group_trainings(runs):
             key = each.arch, each.data, each.method, each.transfer, each.same
             groups.setdefault(key, []).append(each)
     return [groups[key] for key in sorted(groups)]
+
+def mean(values, digits=2):
+    """Mean ± standard deviation in words."""
+    if None in values:
+        return MISSING
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+def teacher_cells(group):
+    """The teacher's accuracy, and how far below it the row is."""
+    if not any(each.has_teacher for each in group):
+        return "-", "-"
+    teachers = [each.teacher for each in group]
+    if None in teachers:
+        return MISSING, MISSING
+    return mean(teachers), mean([each.teacher - each.accuracy for each in group])
+
+def cost_cells(group):
+    """The target, and the cost of the networks where it is counted in another unit than MACs."""
+    first = group[0]
+    if first.target is None:
+        return "-", "-"
+    if first.unit == MACS:
+        return f"{first.target / 1e6:.2f}M MACs", "-"
+    return (f"{first.target:.4g} {first.unit}",
+            f"{mean([each.cost for each in group])} {first.unit}")

@@ -8,7 +8,6 @@ published for the same arch and data set. The figure's search is the first below
 """
 
 import os
-import statistics
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import tas
 from command import markdown, printable, run
 from events import write_events
 from figure import draw
-from finished import MISSING, group_trainings, read_run
+from finished import cost_cells, group_trainings, mean, read_run, teacher_cells
 from trajectory import search_rows
 
 PAPER = tas.read_json(Path(__file__).with_name("paper.json"))
@@ -38,22 +37,6 @@ def find_runs(directories):
     tas.require(runs, f"no finished run below {', '.join(directories)}; train or search first")
     return list(runs.values())
 
-def mean(values, digits=2):
-    """Mean ± standard deviation in words."""
-    if None in values:
-        return MISSING
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
-
-def teacher_cells(group):
-    """The teacher's accuracy, and how far below it the row is."""
-    if not any(each.has_teacher for each in group):
-        return "-", "-"
-    teachers = [each.teacher for each in group]
-    if None in teachers:
-        return MISSING, MISSING
-    return mean(teachers), mean([each.teacher - each.accuracy for each in group])
-
 def published(groups):
     """Rows of paper.json, column -> text, at the same arch and data set as rows of ours."""
     ours, rows = {(group[0].arch, group[0].data, group[0].images) for group in groups}, []
@@ -67,6 +50,7 @@ def row(group, parent, others):
     """Our row, column -> text."""
     first = group[0]
     teacher, drop = teacher_cells(group)
+    target, reached = cost_cells(group)
     paper = "-"
     for other in others:
         found = other["size found by"].lower(), other["transfer"], other["arch"], other["data"]
@@ -75,7 +59,7 @@ def row(group, parent, others):
     return {
         "arch": first.arch, "data": first.data, "size found by": first.method,
         "transfer": first.transfer,
-        "target M": f"{first.target / 1e6:.2f}" if first.target else "-",
+        "target": target, "reached": reached,
         "MACs M": mean([each.macs / 1e6 for each in group]),
         "removed %": mean([100 - 100 * each.macs / each.full_macs for each in group], 1),
         "params M": mean([each.params / 1e6 for each in group], 3),

@@ -564,7 +564,8 @@ def test_report_over_seeds(world, tmp_path, capsys):
     macs, full = [tas.count_macs(shape) for shape in shapes], tas.count_macs(full)
     assert found[0] == {
         "arch": "resnet20", "data": "insects", "size found by": "tas", "transfer": "kd",
-        "target M": f"{round(full / 2) / 1e6:.2f}", "MACs M": spread([m / 1e6 for m in macs]),
+        "target": f"{round(full / 2) / 1e6:.2f}M MACs", "reached": "-",
+        "MACs M": spread([m / 1e6 for m in macs]),
         "removed %": spread([100 - 100 * m / full for m in macs], 1),
         "params M": spread([tas.count_params(shape) / 1e6 for shape in shapes], 3),
         "teacher %": spread(above),
@@ -574,12 +575,38 @@ def test_report_over_seeds(world, tmp_path, capsys):
         "training minutes": spread([s / 60 for s in seconds], 1), "paper (as transcribed)": "-",
         "runs": "0/pruned, 1/pruned, 5/pruned"}
     assert unpruned[0]["accuracy %"] == spread(above) and unpruned[0]["epochs"] == "2"
-    for column in ("target M", "teacher %", "drop"):
+    for column in ("target", "reached", "teacher %", "drop"):
         assert unpruned[0][column] == "-"
     image = Image.open(tmp_path / "0" / "report.png")
     assert image.format == "PNG" and image.width >= 1200 and image.height >= 800
     colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
     assert len(np.unique(colours, axis=0)) > 20
+
+def test_networks_under_another_cost_are_told_apart(world, tmp_path, capsys):
+    """A search to 8 ms that found 7.9, and what was trained of its shape, in a report and in
+    `describe`; the same sizes under MACs are another method."""
+    base = shutil.copytree(world / "runs", tmp_path / "timed")
+    for part in ("search", "pruned"):
+        info = tas.read_json(base / part / "run.json")
+        (info["settings"] if part == "search" else info["result"]["search"]).update(
+            target=8.0, unit="ms")
+        info["result"]["cost"] = 7.9
+        (base / part / "run.json").write_text(json.dumps(info))
+    status, (table,) = make_report(world / "runs", base, tmp_path)
+    (timed,), (plain,) = cells(table, "tas, in ms"), cells(table, "tas")
+    assert status == 0 and (timed["target"], timed["reached"]) == ("8 ms", "7.90 ms")
+    assert plain["target"].endswith("M MACs") and plain["reached"] == "-"
+    capsys.readouterr()
+    for part in ("search", "pruned"):
+        assert describe.main([str(base / part)]) == 0
+        assert capsys.readouterr().out.endswith("M parameters, 7.9 ms\n")
+    search, part = finished.read_run(base / "search"), Figure()
+    trajectory.draw_search(part, search)
+    assert part.axes[0].get_ylabel() == "ms (% of target)"
+    found = curves(part.axes[0])["most probable"][1]
+    assert found == pytest.approx([100 / 8 * line["argmax_macs"] for line in search.lines])
+    trajectory.draw_sizes(part, search)
+    assert "98.8% of the target in ms" in part.get_suptitle()
 
 def test_report_of_one_run_counts_it_once(world, tmp_path):
     """Below directories that overlap, under two names; without a spread."""
@@ -825,13 +852,13 @@ def curves(axis):
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
             for line in axis.get_lines()}
 
-def test_the_search_is_drawn_in_percent_of_the_unpruned(world):
+def test_the_search_is_drawn_in_percent_of_the_target(world):
     search, part = read(world, "search"), Figure()
     trajectory.draw_search(part, search)
     macs, decided = part.axes
-    epochs, full = [1, 2], tas.count_macs(search.shape.full)
+    epochs, target = [1, 2], tas.count_macs(search.shape.full) / 2
     for axis, scale, names in (
-            (macs, 100 / full, {"expected": "expected_macs", "most probable": "argmax_macs"}),
+            (macs, 100 / target, {"expected": "expected_macs", "most probable": "argmax_macs"}),
             (decided, 1, {"widths": "width_discrepancy", "depths": "depth_discrepancy"})):
         found = curves(axis)
         assert set(found) == set(names)
@@ -840,7 +867,8 @@ def test_the_search_is_drawn_in_percent_of_the_unpruned(world):
             assert found[label][1] == pytest.approx([scale * line[name] for line in search.lines])
     band, = macs.patches
     low, high = sorted([band.get_y(), band.get_y() + band.get_height()])
-    assert (low, high) == pytest.approx((47.5, 52.5), abs=1e-3)
+    assert (low, high) == pytest.approx((95, 105))
+    assert macs.get_ylabel() == "MACs (% of target)"
 
 @pytest.mark.parametrize("stages", [
     [[[4, 6]], [[20, 9], [32, 9]], [[1, 64]] * 3],

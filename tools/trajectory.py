@@ -23,20 +23,19 @@ def add_legend(axis):
                 borderaxespad=0)
 
 def draw_search(part, search):
-    """Expected and most probable MACs against the target band, and how decided the sizes are, over
-    the epochs of a search."""
-    share = 100 / search.full_macs
-    low, high = search.target * (1 - search.tolerance), search.target * (1 + search.tolerance)
-    macs, decided = part.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    macs.axhspan(share * low, share * high, color=UNPRUNED, label="target band")
-    plot(macs, search.lines, "expected_macs", share, color=BLUE, marker="o", label="expected")
-    plot(macs, search.lines, "argmax_macs", share, color=RED, marker="s", label="most probable")
+    """Expected cost and that of the most probable network against the target band, and how decided
+    the sizes are, over the epochs of a search."""
+    share, half = 100 / search.target, 100 * search.tolerance
+    cost, decided = part.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    cost.axhspan(100 - half, 100 + half, color=UNPRUNED, label="target band")
+    plot(cost, search.lines, "expected_macs", share, color=BLUE, marker="o", label="expected")
+    plot(cost, search.lines, "argmax_macs", share, color=RED, marker="s", label="most probable")
     plot(decided, search.lines, "width_discrepancy", 1, color=GREEN, marker="o", label="widths")
     plot(decided, search.lines, "depth_discrepancy", 1, color=PINK, marker="s", label="depths")
-    macs.set_ylabel("MACs (% of unpruned)")
+    cost.set_ylabel(f"{printable(search.unit)} (% of target)")
     decided.set(xlabel="epoch of the search", ylabel="first minus second\nprobability")
     decided.xaxis.get_major_locator().set_params(integer=True)
-    add_legend(macs)
+    add_legend(cost)
     add_legend(decided)
     part.suptitle("the search of the sizes below", fontsize="medium")
 
@@ -55,7 +54,7 @@ def search_rows(searches):
         rows.append({
             "run": name, "arch": search.shape.arch, "size found by": search.method,
             "MACs": f"{search.macs / 1e6:.2f}M",
-            "of the target": f"{search.macs / search.target:.1%}",
+            "of the target": f"{search.cost / search.target:.1%}",
             "most probable network, of the target": f"{last['argmax_macs'] / search.target:.1%}",
             "accuracy of sampled networks %": f"{last['val_accuracy']:.2f}",
             "first minus second probability, widths": f"{last['width_discrepancy']:.3f}",
@@ -67,7 +66,7 @@ def draw_searches(figure, searches):
     the sampled networks, over the epochs."""
     import matplotlib
     axes = figure.subplots(2, 2, sharex=True)
-    names = {"argmax_macs": "MACs of the most probable (of the target)",
+    names = {"argmax_macs": "cost of the most probable (of the target)",
              "val_accuracy": "accuracy of sampled networks,\nvalidation half (%)",
              "width_discrepancy": "widths: first minus second\nprobability",
              "depth_discrepancy": "depths: first minus second\nprobability"}
@@ -105,7 +104,7 @@ def draw_sizes(part, search):
              xlim=(-0.6, len(found) - 0.4))
     axis.xaxis.get_major_locator().set_params(integer=True)
     add_legend(axis)
-    asked, left = search.target / search.full_macs, search.macs / search.full_macs
-    title = (f"{search.path}, seed {search.seed}: {asked:.1%} of the MACs of {shape.arch} asked, "
-             f"{left:.1%} found")
+    kept, met = search.macs / search.full_macs, search.cost / search.target
+    title = (f"{search.path}, seed {search.seed}: {kept:.1%} of the MACs of {shape.arch}, "
+             f"{met:.1%} of the target in {search.unit}")
     part.suptitle(printable(title)[:150], fontsize="medium")
