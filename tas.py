@@ -1622,14 +1622,15 @@ def setup(args):
         ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
     torch.manual_seed(args.seed)
 
-def open_data(args):
-    """The Data of a command for args.arch, after setup. Defaults that depend on the images are
-    filled into args."""
+def open_data(args, shape=None):
+    """The Data of a command, after setup. A given Shape stands in for --arch and --image-size; the
+    defaults that depend on the images are filled in."""
+    if shape:
+        args.arch, args.image_size = args.arch or shape.arch, args.image_size or shape.image_size
     require(args.arch, "--arch is missing, such as --arch resnet56")
     setup(args)
-    if args.image_size is None:
-        small = ARCHS[args.arch].small if args.data == "folder" else args.data != "imagenet"
-        args.image_size = CIFAR_SIZE if small else IMAGENET_SIZE
+    small = ARCHS[args.arch].small if args.data == "folder" else args.data != "imagenet"
+    args.image_size = args.image_size or (CIFAR_SIZE if small else IMAGENET_SIZE)
     large = args.image_size > LARGEST_IN_MEMORY
     usual = SEARCH_EPOCHS if args.command == "search" else TRAIN_EPOCHS
     args.epochs = args.epochs or (LARGE_EPOCHS if large else usual)
@@ -1641,14 +1642,13 @@ def open_data(args):
     if is_first():
         wait_for_all()
     if not large and not ARCHS[args.arch].small:
-        warn(f"{args.arch} is made for images above {LARGEST_IN_MEMORY} pixels; resnet56 suits "
-             f"{args.image_size} better")
+        warn(f"{args.arch} is for images above {LARGEST_IN_MEMORY} pixels; try resnet56 here")
     images = len(data.train.labels)
     if args.command == "search" and args.method == "tas":
         images //= 2  # a batch is of one half
     require(args.command == "eval" or args.world < args.batch_size <= images,
             f"--batch-size {args.batch_size}: give each process 2 images to normalise, and at most "
-            f"{images}, the training images or those of a half of the search, to all")
+            f"{images} to all, the training images or a half of the search")
     return data
 
 def base_directory(args):
@@ -1657,8 +1657,7 @@ def base_directory(args):
     return Path("runs") / f"{name}-{args.arch}"
 
 def parse_target(text, space):
-    """--flops: a fraction of the unpruned network's cost such as 0.47, or a cost such as 59.5M or,
-    of another table, 3.5ms. Returns the cost in the unit of the space."""
+    """The cost that --flops means: 0.47 of the unpruned network's, 59.5M or, of a table, 3.5ms."""
     full, value = space.cost_of(space.full), math.nan
     units = {"K": 1e3, "M": 1e6, "G": 1e9} if space.unit == "MACs" else {space.unit: 1}
     for unit, size in {"": full, **units}.items():
@@ -1693,8 +1692,8 @@ def load_teacher(args, shape, data):
     """The trained unpruned network of --teacher, which is to guide `shape`."""
     net = load(args.teacher, trained=True)
     require(net.shape == net.shape.full and net.shape.arch == shape.arch,
-            f"--teacher {args.teacher} must be the unpruned network of {shape.arch}; it is of "
-            f"{net.shape.arch}, {summary(net.shape)}")
+            f"--teacher {args.teacher} is {net.shape.arch} with {summary(net.shape)}; give an "
+            f"unpruned network, {shape.arch}")
     require_classes(args.teacher, net, data)
     return net
 
@@ -1709,8 +1708,9 @@ def measure_teacher(args, data, teacher):
 
 def checksum(net):
     """A number that tells a network's parameters and buffers from others'; None without one."""
-    tensors = net.state_dict().values() if net else ()
-    return zlib.crc32(b"".join(t.numpy().tobytes() for t in tensors)) if net else None
+    if net is None:
+        return None
+    return zlib.crc32(b"".join(t.numpy().tobytes() for t in net.state_dict().values()))
 
 def command_train(args):
     """Train the unpruned network of --arch, or the pruned one of --shape."""
@@ -1721,17 +1721,13 @@ def command_train(args):
     path = args.shape or args.init
     found = Shape.load(path) if path else None
     start = load(path, trained=True) if args.init else None
-    if found:
-        require(args.arch in (None, found.arch),
-                f"{path} is a shape of {found.arch}, not of {args.arch}")
-        args.arch, args.image_size = found.arch, args.image_size or found.image_size
-    data = open_data(args)
-    full = shape = Shape.unpruned(args.arch, len(data.classes), args.image_size)
-    if found:
-        shape = dataclasses.replace(full, stem=found.stem, stages=found.stages)
-        require(start or shape == found, f"{path} has num_classes {found.num_classes} and image_size "
-                f"{found.image_size}, the data {shape.num_classes} and {shape.image_size}; choose "
-                "another one")
+    data = open_data(args, found)
+    full = Shape.unpruned(args.arch, len(data.classes), args.image_size)
+    found = found or full
+    shape = dataclasses.replace(found, num_classes=full.num_classes, image_size=full.image_size)
+    require(shape.arch == full.arch and (args.init or shape == found),
+            f"{path} is {found.arch} with num_classes {found.num_classes}, image_size "
+            f"{found.image_size}; choose a {full.arch} with {full.num_classes}, {full.image_size}")
     teacher = load_teacher(args, shape, data) if args.teacher else None
     run = Run(args, data, "teacher" if shape == full else "pruned", TRAIN_SETTINGS,
               shape=dataclasses.asdict(shape), teacher=checksum(teacher), init=checksum(start))
@@ -1739,8 +1735,8 @@ def command_train(args):
         above = measure_teacher(args, data, teacher) if teacher else None
         torch.manual_seed(args.seed)
         net, transfer = ResNet(shape), TRANSFERS[args.transfer]
-        if start:  # a new classifier where there are other classes
-            if start.fc.weight.shape != net.fc.weight.shape:
+        if start:
+            if start.shape.num_classes != shape.num_classes:  # a new classifier
                 start.fc = net.fc
             net.load_state_dict(start.state_dict())
         if transfer.prepare:
@@ -1758,8 +1754,8 @@ def command_train(args):
                  f"tools/export.py {run.path}")
 
 def plan_search(args):
-    """All that can go wrong before a search: its device, data, space, target, and a Shape in the
-    band, which is that of the methods that do not search."""
+    """All that can go wrong before a search. Returns its Data, Space and target, and a Shape in the
+    band: that of the methods that do not search, else only a proof that there is one."""
     data = open_data(args)
     space = Space(args.arch, len(data.classes), args.image_size, args.search, args.round)
     if args.cost:
@@ -1769,7 +1765,6 @@ def plan_search(args):
         require(args.search == "both" and not args.cost,
                 "--method uniform scales all widths to MACs; leave --search and --cost out")
         return data, space, target, scale_shape(space, target, args.tolerance, args.round)
-    # Of a search, this shape serves only to show that the target can be met.
     return data, space, target, draw_shape(space, target, args.tolerance)
 
 def command_search(args):
@@ -1789,9 +1784,9 @@ def command_search(args):
                    cost=space.cost_of(shape) if args.cost else None)
     shape = Shape.load(run.path)
     met = f"{space.show(space.cost_of(shape))}, " if args.cost else ""
-    teacher = run.path.parent / "teacher"
-    print_result(args, f"{run.path / 'shape.json'}: {summary(shape)}; {met}target "
-                 f"{space.show(target)}", f"tas.py train DATA --shape {run.path / 'shape.json'} "
+    file, teacher = run.path / "shape.json", run.path.parent / "teacher"
+    print_result(args, f"{file}: {summary(shape)}; {met}target {space.show(target)}",
+                 f"tas.py train DATA --shape {file} "
                  f"--teacher {teacher if teacher.exists() else 'DIR'}")
 
 def command_prune(args):
@@ -1800,22 +1795,20 @@ def command_prune(args):
     trains_teacher = not args.teacher and transfer != "none"
     require(trains_teacher or not args.init,
             "--init is where the teacher starts; leave --teacher and --transfer none out")
-
-    part = functools.partial(argparse.Namespace, **vars(args))  # the options, but for changes
-    teacher = base / "teacher" if trains_teacher else args.teacher
+    part = functools.partial(argparse.Namespace, **vars(args))  # these options, but for changes
     training = part(command="train", out=base / "teacher", shape=None, transfer="none",
                     epochs=args.teacher_epochs or args.epochs)
     searching = part(command="search", out=base / "search",
                      epochs=args.search_epochs or args.epochs)
     distilling = part(command="train", out=base / "pruned", shape=base / "search", init=None,
-                      teacher=teacher, transfer=transfer)
+                      transfer=transfer, teacher=training.out if trains_teacher else args.teacher)
     data, space, *_ = plan_search(searching)  # all that can go wrong, before hours of training
-    for part in (training, searching, distilling):
-        path = part.out / "run.json"
+    for directory in (training.out, searching.out, distilling.out):
+        path = directory / "run.json"
         if path.exists():
             require(read_run(path)[0], f"{path} has no settings; choose another --out")
         else:
-            require_new(part.out)
+            require_new(directory)
     open_data(distilling)  # fills in its epochs
     searching.later = distilling.epochs
     training.later = searching.epochs + distilling.epochs
@@ -1829,8 +1822,7 @@ def command_prune(args):
 def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
     net = load(args.dir, trained=True)
-    args.arch, args.image_size = net.shape.arch, args.image_size or net.shape.image_size
-    data = open_data(args)
+    data = open_data(args, net.shape)
     require_classes(args.dir, net, data)
     recorded = read_run(args.dir)[2]
     if args.precision == "auto" and recorded in ("fp32", "bf16"):
@@ -1858,8 +1850,9 @@ def number(kind, low, high):
 
 def build_parser():
     """The command line."""
-    data = argparse.ArgumentParser(add_help=False)  # options of all commands
-    add = data.add_argument
+    data, training, transfer, search = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+
+    add = data.add_argument  # options of all commands
     add("--data", required=True, choices=("cifar10", "cifar100", "imagenet", "folder", "synthetic"))
     add("--data-dir", default="data", help="where the data is, or goes")
     add("--image-size", type=number(int, 8, 1024), help="pixels, 32 or 224; up to 64: in memory")
@@ -1870,7 +1863,6 @@ def build_parser():
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="auto: bf16 where native; fp32: TF32 on CUDA")
 
-    training = argparse.ArgumentParser(add_help=False)
     add = training.add_argument
     add("--arch", choices=ARCHS)
     add("--epochs", type=number(int, 1, 10 ** 5), help="300, search 600; above 64 pixels 120")
@@ -1879,7 +1871,6 @@ def build_parser():
     add("--out", help="where results go (runs/DATA-ARCH/STEP)")
     add("--quiet", action="store_true", help="print results only")
 
-    transfer = argparse.ArgumentParser(add_help=False)
     add = transfer.add_argument
     add("--teacher", help="directory of the trained unpruned network")
     add("--init", help="directory of weights to start from")
@@ -1888,8 +1879,7 @@ def build_parser():
     add("--kd-temperature", type=number(float, 0.01, 1000), default=KD_TEMPERATURE,
         help="of both networks")
 
-    search = argparse.ArgumentParser(add_help=False)  # the paper's ablations among its options
-    add = search.add_argument
+    add = search.add_argument  # the paper's ablations among them
     add("--flops", "--budget", default=FLOPS, help="MACs: a fraction or 59.5M; with --cost 3.5ms")
     add("--cost", help="JSON of other costs than MACs")
     add("--tolerance", type=number(float, 0.001, 0.5), default=TOLERANCE, help="part of the target")
@@ -1904,8 +1894,7 @@ def build_parser():
     add("--sampler", choices=("gumbel", "softmax"), default="gumbel")
     add("--align", choices=("cwi", "pad"), default="cwi", help="unequal widths: interpolate or pad")
 
-    parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).",
-                    allow_abbrev=False)
+    parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add_command(function, *parents):
@@ -1914,7 +1903,8 @@ def build_parser():
             description=function.__doc__, usage="%(prog)s [options]", allow_abbrev=False,
             formatter_class=functools.partial(
                 argparse.ArgumentDefaultsHelpFormatter, max_help_position=36))
-        command.set_defaults(function=function, later=0, epochs=None, weight_decay=None)
+        command.set_defaults(function=function, later=0, arch=None, epochs=None,
+                             weight_decay=None)
         return command.add_argument
 
     add = add_command(command_train, training, transfer, data)
@@ -1932,8 +1922,7 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 def say(text):
-    """Print a line, in the first process alone."""
-    if is_first():
+    if is_first():  # one process speaks for all
         print(printable(text), flush=True)
 
 def warn(text):
@@ -1954,7 +1943,7 @@ def require_values(args):
 
 def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can fix, 130 when stopped."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
         require(sys.stdout, "standard output is closed; give it a file, such as > FILE")
         with contextlib.suppress(AttributeError):  # a notebook's; a terminal may lack letters
