@@ -1591,8 +1591,7 @@ def load(path, trained=False):
 # ---- Commands -----------------------------------------------------------------------------------
 
 def setup(args):
-    """Fill in the device and the place among the processes of torchrun, of which only the first
-    one prints; set the seed."""
+    """Fill in the device and the place among the processes of torchrun; set the seed."""
     with errors_as("RANK and WORLD_SIZE must be those of torchrun; unset them ({})"):
         args.rank = int(os.environ.get("RANK", 0))
         args.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -1616,26 +1615,25 @@ def setup(args):
                 torch.distributed.init_process_group("nccl", device_id=args.device)
             else:
                 torch.distributed.init_process_group("gloo")
-    if not is_first():
-        sys.stdout = open(os.devnull, "w")
     torch.backends.cudnn.benchmark = True
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
-        mmap_threshold, trim_threshold = -3, -1  # glibc's numbers of these options
         # It keeps freed memory: on a CPU a search step is a fifth faster.
-        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 25)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2 ** 31 - 1)
+        ctypes.CDLL(None).mallopt(-3, 1 << 25)  # glibc's M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
     torch.manual_seed(args.seed)
 
-def open_data(args, epochs, halves=1):
-    """The Data of a command for args.arch, after setup. Defaults that depend on the images are
-    filled into args: `epochs` those of small ones. A batch must fit into the training images, or
-    into a half."""
+def open_data(args, shape=None):
+    """The Data of a command, after setup. A given Shape stands in for --arch and --image-size; the
+    defaults that depend on the images are filled in."""
+    if shape:
+        args.arch, args.image_size = args.arch or shape.arch, args.image_size or shape.image_size
+    require(args.arch, "--arch is missing, such as --arch resnet56")
     setup(args)
-    if args.image_size is None:
-        small = ARCHS[args.arch].small if args.data == "folder" else args.data != "imagenet"
-        args.image_size = CIFAR_SIZE if small else IMAGENET_SIZE
+    small = ARCHS[args.arch].small if args.data == "folder" else args.data != "imagenet"
+    args.image_size = args.image_size or (CIFAR_SIZE if small else IMAGENET_SIZE)
     large = args.image_size > LARGEST_IN_MEMORY
-    args.epochs = args.epochs or (LARGE_EPOCHS if large else epochs)
+    usual = SEARCH_EPOCHS if args.command == "search" else TRAIN_EPOCHS
+    args.epochs = args.epochs or (LARGE_EPOCHS if large else usual)
     if args.weight_decay is None:
         args.weight_decay = LARGE_WEIGHT_DECAY if large else WEIGHT_DECAY
     if not is_first():  # the first process downloads what is missing
@@ -1644,13 +1642,13 @@ def open_data(args, epochs, halves=1):
     if is_first():
         wait_for_all()
     if not large and not ARCHS[args.arch].small:
-        warn(f"{args.arch} is made for images above {LARGEST_IN_MEMORY} pixels; resnet56 suits "
-             f"{args.image_size} better")
-    images = len(data.train.labels) // halves
-    half = " of a half of the search" if halves > 1 else ""
+        warn(f"{args.arch} is for images above {LARGEST_IN_MEMORY} pixels; try resnet56 here")
+    images = len(data.train.labels)
+    if args.command == "search" and args.method == "tas":
+        images //= 2  # a batch is of one half
     require(args.command == "eval" or args.world < args.batch_size <= images,
             f"--batch-size {args.batch_size}: give each process 2 images to normalise, and at most "
-            f"the {images} training images{half} to all")
+            f"{images} to all, the training images or a half of the search")
     return data
 
 def base_directory(args):
@@ -1659,16 +1657,13 @@ def base_directory(args):
     return Path("runs") / f"{name}-{args.arch}"
 
 def parse_target(text, space):
-    """--flops: a fraction of the unpruned network's cost such as 0.47, or a cost such as 59.5M or,
-    of another table, 3.5ms. Returns the cost in the unit of the space."""
+    """The cost that --flops means: 0.47 of the unpruned network's, 59.5M or, of a table, 3.5ms."""
+    full, value = space.cost_of(space.full), math.nan
     units = {"K": 1e3, "M": 1e6, "G": 1e9} if space.unit == "MACs" else {space.unit: 1}
-    digits, value = text, math.nan
-    scale = full = space.cost_of(space.full)
-    for unit, size in units.items():
+    for unit, size in {"": full, **units}.items():
         if text.upper().endswith(unit.upper()):
-            digits, scale = text[:-len(unit)], size
-    with contextlib.suppress(ValueError):
-        value = float(digits) * scale
+            with contextlib.suppress(ValueError):
+                value = float(text[:len(text) - len(unit)]) * size
     require(0 < value <= full, f"--flops {text}: give a fraction of the unpruned network such as "
             f"0.5, or a number with {', '.join(units)}, up to {space.show(full)}")
     return round(value) if space.unit == "MACs" else value
@@ -1682,18 +1677,9 @@ def summary(shape):
 def print_result(args, text, following):
     """Print what a command made and, unless more of `prune` follows, the next command."""
     say(text)
-    if not args.more_follows:
+    if not args.later:
         data = f"--data {args.data} --data-dir {args.data_dir} --image-size {args.image_size}"
         say(f"next: python {following.replace('DATA', data)}")
-
-def read_shape(args):
-    """The Shape of --shape or --init, which settles --arch and --image-size."""
-    path = args.shape or args.init
-    shape = Shape.load(path)
-    require(args.arch in (None, shape.arch),
-            f"{path} is a shape of {shape.arch}, not of {args.arch}")
-    args.arch, args.image_size = shape.arch, args.image_size or shape.image_size
-    return shape
 
 def require_classes(path, net, data):
     """TASError unless the data has the classes that the network of a directory was trained on."""
@@ -1705,10 +1691,9 @@ def require_classes(path, net, data):
 def load_teacher(args, shape, data):
     """The trained unpruned network of --teacher, which is to guide `shape`."""
     net = load(args.teacher, trained=True)
-    require(net.shape == net.shape.full,
-            f"--teacher {args.teacher} is a pruned network; give the unpruned one")
-    require(net.shape.arch == shape.arch, f"--teacher {args.teacher} is {net.shape.arch}, the "
-            f"network to train {shape.arch}; choose another one")
+    require(net.shape == net.shape.full and net.shape.arch == shape.arch,
+            f"--teacher {args.teacher} is {net.shape.arch} with {summary(net.shape)}; give an "
+            f"unpruned network, {shape.arch}")
     require_classes(args.teacher, net, data)
     return net
 
@@ -1718,32 +1703,31 @@ def measure_teacher(args, data, teacher):
     say(f"teacher {args.teacher}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images")
     chance = 100 / len(data.classes)
     if accuracy < chance + (100 - chance) / 10:
-        warn("the teacher is near chance; was it trained on these classes, in this order, with "
-             "these shortcuts?")
+        warn("the teacher is near chance; are these its classes, in its order, and its shortcuts?")
     return accuracy
 
 def checksum(net):
     """A number that tells a network's parameters and buffers from others'; None without one."""
-    tensors = net.state_dict().values() if net else ()
-    return zlib.crc32(b"".join(t.numpy().tobytes() for t in tensors)) if net else None
+    if net is None:
+        return None
+    return zlib.crc32(b"".join(t.numpy().tobytes() for t in net.state_dict().values()))
 
 def command_train(args):
     """Train the unpruned network of --arch, or the pruned one of --shape."""
     require(not args.init or not args.shape, "--init has a shape of its own; leave --shape out")
-    shape = read_shape(args) if args.shape or args.init else None
-    require(args.arch, "train needs --arch, such as resnet56, or --shape with a shape.json")
     args.transfer = args.transfer or ("kd" if args.teacher else "none")
     require(args.teacher or args.transfer == "none",
-            f"--transfer {args.transfer} needs --teacher DIR, a trained {args.arch}")
-    start = load(args.init, trained=True) if args.init else None
-    data = open_data(args, TRAIN_EPOCHS)
+            f"--transfer {args.transfer} needs --teacher DIR, a trained unpruned network")
+    path = args.shape or args.init
+    found = Shape.load(path) if path else None
+    start = load(path, trained=True) if args.init else None
+    data = open_data(args, found)
     full = Shape.unpruned(args.arch, len(data.classes), args.image_size)
-    if start:
-        shape = dataclasses.replace(shape, num_classes=full.num_classes, image_size=full.image_size)
-    shape = shape or full
-    for name in ("num_classes", "image_size"):
-        a, b = getattr(shape, name), getattr(full, name)
-        require(a == b, f"{args.shape} has {name} {a}, the data {b}; choose another one")
+    found = found or full
+    shape = dataclasses.replace(found, num_classes=full.num_classes, image_size=full.image_size)
+    require(shape.arch == full.arch and (args.init or shape == found),
+            f"{path} is {found.arch} with num_classes {found.num_classes}, image_size "
+            f"{found.image_size}; choose a {full.arch} with {full.num_classes}, {full.image_size}")
     teacher = load_teacher(args, shape, data) if args.teacher else None
     run = Run(args, data, "teacher" if shape == full else "pruned", TRAIN_SETTINGS,
               shape=dataclasses.asdict(shape), teacher=checksum(teacher), init=checksum(start))
@@ -1751,28 +1735,28 @@ def command_train(args):
         above = measure_teacher(args, data, teacher) if teacher else None
         torch.manual_seed(args.seed)
         net, transfer = ResNet(shape), TRANSFERS[args.transfer]
-        if start:  # a new classifier where there are other classes
-            own = net.state_dict()
-            fitting = {k: t for k, t in start.state_dict().items() if t.shape == own[k].shape}
-            net.load_state_dict(fitting, strict=False)
+        if start:
+            if start.shape.num_classes != shape.num_classes:  # a new classifier
+                start.fc = net.fc
+            net.load_state_dict(start.state_dict())
         if transfer.prepare:
             transfer.prepare(net, teacher)
         metrics = train(run, data, net, teacher if transfer.loss else None)
-        found = read_run(args.shape)[0] or None if args.shape else None
+        searched = read_run(args.shape)[0] or None if args.shape else None
         plain = inherit_weights(ResNet(shape), net)  # without the padded channels
         save_tensors(run.path / "weights.pt", plain.state_dict())
         run.finish(shape, metrics, accuracy=metrics[-1]["test_accuracy"],
                    top5=metrics[-1].get("test_top5"), classes=data.classes,
-                   search=found, teacher_accuracy=above, weights=checksum(plain))
+                   search=searched, teacher_accuracy=above, weights=checksum(plain))
     print_result(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
                  f"{args.data}, {summary(shape)}",
                  f"tas.py search DATA --arch {args.arch} --flops {FLOPS}" if shape == full else
                  f"tools/export.py {run.path}")
 
 def plan_search(args):
-    """All that can go wrong before a search: its device, data, space, target, and a Shape in the
-    band, which is that of the methods that do not search."""
-    data = open_data(args, SEARCH_EPOCHS, halves=2 if args.method == "tas" else 1)
+    """All that can go wrong before a search. Returns its Data, Space and target, and a Shape in the
+    band: that of the methods that do not search, else only a proof that there is one."""
+    data = open_data(args)
     space = Space(args.arch, len(data.classes), args.image_size, args.search, args.round)
     if args.cost:
         space.load_cost(args.cost)
@@ -1781,7 +1765,6 @@ def plan_search(args):
         require(args.search == "both" and not args.cost,
                 "--method uniform scales all widths to MACs; leave --search and --cost out")
         return data, space, target, scale_shape(space, target, args.tolerance, args.round)
-    # Of a search, this shape serves only to show that the target can be met.
     return data, space, target, draw_shape(space, target, args.tolerance)
 
 def command_search(args):
@@ -1801,9 +1784,9 @@ def command_search(args):
                    cost=space.cost_of(shape) if args.cost else None)
     shape = Shape.load(run.path)
     met = f"{space.show(space.cost_of(shape))}, " if args.cost else ""
-    teacher = run.path.parent / "teacher"
-    print_result(args, f"{run.path / 'shape.json'}: {summary(shape)}; {met}target "
-                 f"{space.show(target)}", f"tas.py train DATA --shape {run.path / 'shape.json'} "
+    file, teacher = run.path / "shape.json", run.path.parent / "teacher"
+    print_result(args, f"{file}: {summary(shape)}; {met}target {space.show(target)}",
+                 f"tas.py train DATA --shape {file} "
                  f"--teacher {teacher if teacher.exists() else 'DIR'}")
 
 def command_prune(args):
@@ -1812,42 +1795,39 @@ def command_prune(args):
     trains_teacher = not args.teacher and transfer != "none"
     require(trains_teacher or not args.init,
             "--init is where the teacher starts; leave --teacher and --transfer none out")
-
-    def part(command, name, **changes):
-        common = {"command": command, "out": base / name, "shape": None, "more_follows": True}
-        return argparse.Namespace(**{**vars(args), **common, **changes})
-
-    searching = part("search", "search", epochs=args.search_epochs or args.epochs)
+    part = functools.partial(argparse.Namespace, **vars(args))  # these options, but for changes
+    training = part(command="train", out=base / "teacher", shape=None, transfer="none",
+                    epochs=args.teacher_epochs or args.epochs)
+    searching = part(command="search", out=base / "search",
+                     epochs=args.search_epochs or args.epochs)
+    distilling = part(command="train", out=base / "pruned", shape=base / "search", init=None,
+                      transfer=transfer, teacher=training.out if trains_teacher else args.teacher)
     data, space, *_ = plan_search(searching)  # all that can go wrong, before hours of training
-    for name in ("teacher", "search", "pruned"):
-        if (base / name / "run.json").exists():
-            require(read_run(base / name)[0], f"{base / name / 'run.json'} has no settings; choose "
-                    "another --out")
+    for directory in (training.out, searching.out, distilling.out):
+        path = directory / "run.json"
+        if path.exists():
+            require(read_run(path)[0], f"{path} has no settings; choose another --out")
         else:
-            require_new(base / name)
-    usual = LARGE_EPOCHS if searching.image_size > LARGEST_IN_MEMORY else TRAIN_EPOCHS
-    searching.later = args.epochs or usual  # epochs of the parts after it
-    teacher = args.teacher
-    if teacher:
-        measure_teacher(searching, data, load_teacher(args, space.full, data))
-    elif trains_teacher:
-        teacher = base / "teacher"
-        command_train(part("train", "teacher", epochs=args.teacher_epochs or args.epochs,
-                           transfer="none", later=searching.epochs + searching.later))
+            require_new(directory)
+    open_data(distilling)  # fills in its epochs
+    searching.later = distilling.epochs
+    training.later = searching.epochs + distilling.epochs
+    if trains_teacher:
+        command_train(training)
+    elif args.teacher:
+        measure_teacher(searching, data, load_teacher(searching, space.full, data))
     command_search(searching)
-    command_train(part("train", "pruned", shape=base / "search", teacher=teacher, init=None,
-                       transfer=transfer, more_follows=False))
+    command_train(distilling)
 
 def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
     net = load(args.dir, trained=True)
-    args.arch, args.image_size = net.shape.arch, args.image_size or net.shape.image_size
-    precision = read_run(args.dir)[2]
-    data = open_data(args, TRAIN_EPOCHS)
-    if args.precision == "auto" and precision in ("fp32", "bf16"):
-        args.precision = precision  # as in the last epoch of the run
-    args.precision = native_precision(args)
+    data = open_data(args, net.shape)
     require_classes(args.dir, net, data)
+    recorded = read_run(args.dir)[2]
+    if args.precision == "auto" and recorded in ("fp32", "bf16"):
+        args.precision = recorded  # as in the last epoch of the run
+    args.precision = native_precision(args)
     accuracy, top5 = evaluate(to_device(pad_channels(net), args), data.test, args)
     top5 = f" (top-5 {top5:.2f}%)" if len(data.classes) > TOP5_CLASSES else ""
     print_result(args, f"{args.dir}: accuracy {accuracy:.2f}%{top5} on {len(data.test.labels):,} "
@@ -1870,63 +1850,28 @@ def number(kind, low, high):
 
 def build_parser():
     """The command line."""
-    parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).",
-                    allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for function in (command_train, command_search, command_prune, command_eval):
-        name = function.__name__.removeprefix("command_")
-        command = commands.add_parser(
-            name, help=function.__doc__, description=function.__doc__, usage="%(prog)s [options]",
-            allow_abbrev=False, formatter_class=functools.partial(
-                argparse.ArgumentDefaultsHelpFormatter, max_help_position=36))
-        command.set_defaults(function=function, more_follows=False, later=0, epochs=None,
-                             weight_decay=None)
-        if name == "eval":
-            command.add_argument("dir", help="directory of a finished train")
-        else:
-            command.add_argument("--arch", choices=ARCHS, required=name != "train")
-            add_training_options(command)
-        if name == "train":
-            command.add_argument("--shape", help="shape.json of a pruned network, for --arch")
-        if name in ("search", "prune"):
-            add_search_options(command)
-        if name in ("train", "prune"):
-            add_transfer_options(command)
-        if name == "prune":
-            for step in ("teacher", "search"):
-                command.add_argument(f"--{step}-epochs", type=number(int, 1, 10 ** 5),
-                                     help="in the place of --epochs")
-        add_data_options(command)
-    return parser
+    data, training, transfer, search = (argparse.ArgumentParser(add_help=False) for _ in range(4))
 
-def add_data_options(command):
-    """Options of all commands: data, device and precision."""
-    add = command.add_argument
-    names = "cifar10", "cifar100", "imagenet", "folder", "synthetic"
-    add("--data", choices=names, required=True)
+    add = data.add_argument  # options of all commands
+    add("--data", required=True, choices=("cifar10", "cifar100", "imagenet", "folder", "synthetic"))
     add("--data-dir", default="data", help="where the data is, or goes")
     add("--image-size", type=number(int, 8, 1024), help="pixels, 32 or 224; up to 64: in memory")
-    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count()),
-        help="processes that read images")
-    add("--batch-size", type=number(int, 1, 10 ** 6), default=BATCH_SIZE,
-        help="images, over all processes")
+    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count()), help="read images")
+    add("--batch-size", type=number(int, 1, 10 ** 6), default=BATCH_SIZE, help="of all processes")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="of everything random")
     add("--device", default="auto", help="cpu, cuda, ...; auto: cuda where there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="auto: bf16 where native; fp32: TF32 on CUDA")
 
-def add_training_options(command):
-    """Options of all commands that train."""
-    add = command.add_argument
+    add = training.add_argument
+    add("--arch", choices=ARCHS)
     add("--epochs", type=number(int, 1, 10 ** 5), help="300, search 600; above 64 pixels 120")
     add("--lr", type=number(float, 1e-9, 1e9), default=LR, help="of the weights, at its highest")
     add("--weight-decay", type=number(float, 0, 1), help="5e-4, of images above 64 pixels 1e-4")
     add("--out", help="where results go (runs/DATA-ARCH/STEP)")
     add("--quiet", action="store_true", help="print results only")
 
-def add_transfer_options(command):
-    """Options of knowledge transfer."""
-    add = command.add_argument
+    add = transfer.add_argument
     add("--teacher", help="directory of the trained unpruned network")
     add("--init", help="directory of weights to start from")
     add("--transfer", choices=TRANSFERS, help="kd: distil; init: copy channels")
@@ -1934,17 +1879,14 @@ def add_transfer_options(command):
     add("--kd-temperature", type=number(float, 0.01, 1000), default=KD_TEMPERATURE,
         help="of both networks")
 
-def add_search_options(command):
-    """Options of the search, the paper's ablations among them."""
-    add = command.add_argument
+    add = search.add_argument  # the paper's ablations among them
     add("--flops", "--budget", default=FLOPS, help="MACs: a fraction or 59.5M; with --cost 3.5ms")
     add("--cost", help="JSON of other costs than MACs")
     add("--tolerance", type=number(float, 0.001, 0.5), default=TOLERANCE, help="part of the target")
     add("--round", type=number(int, 1, 64), default=1, help="widths in multiples of this")
     add("--arch-lr", type=number(float, 1e-9, 1e9), help="1e-3; in short searches up to 0.05")
     add("--search", choices=("both", "width", "depth"), default="both", help="what is searched")
-    add("--method", choices=("tas", "random", "uniform"), default="tas",
-        help="uniform: one factor for all widths")
+    add("--method", choices=("tas", "random", "uniform"), default="tas", help="uniform: scale all")
     add("--cost-weight", type=number(float, 0, 1e6), default=COST_WEIGHT, help="of the cost loss")
     add("--tau-start", type=number(float, 1e-3, 100), default=TAU_START, help="temperature")
     add("--tau-end", type=number(float, 1e-3, 100), default=TAU_END, help="temperature at the end")
@@ -1952,23 +1894,45 @@ def add_search_options(command):
     add("--sampler", choices=("gumbel", "softmax"), default="gumbel")
     add("--align", choices=("cwi", "pad"), default="cwi", help="unequal widths: interpolate or pad")
 
+    parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add_command(function, *parents):
+        command = commands.add_parser(
+            function.__name__.removeprefix("command_"), parents=parents, help=function.__doc__,
+            description=function.__doc__, usage="%(prog)s [options]", allow_abbrev=False,
+            formatter_class=functools.partial(
+                argparse.ArgumentDefaultsHelpFormatter, max_help_position=36))
+        command.set_defaults(function=function, later=0, arch=None, epochs=None,
+                             weight_decay=None)
+        return command.add_argument
+
+    add = add_command(command_train, training, transfer, data)
+    add("--shape", help="shape.json of a pruned network, for --arch")
+    add_command(command_search, training, search, data)
+    add = add_command(command_prune, training, search, transfer, data)
+    add("--teacher-epochs", type=number(int, 1, 10 ** 5), help="in the place of --epochs")
+    add("--search-epochs", type=number(int, 1, 10 ** 5), help="in the place of --epochs")
+    add = add_command(command_eval, data)
+    add("dir", help="directory of a finished train")
+    return parser
+
 def printable(text):
     """The text, with escapes for what a terminal would act upon."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 def say(text):
-    """Print a line."""
-    print(printable(text), flush=True)
+    if is_first():  # one process speaks for all
+        print(printable(text), flush=True)
 
 def warn(text):
-    """One line on stderr."""
     if is_first():
-        print(printable(f"warning: {text}")[:LONGEST_MESSAGE], file=sys.stderr)
+        complain(text, "warning")
 
-def complain(message):
+def complain(text, kind="error"):
     """One line on stderr; the exit status."""
     with contextlib.suppress(OSError):
-        print(printable(f"error: {message}")[:LONGEST_MESSAGE], file=sys.stderr)
+        print(printable(f"{kind}: {text}")[:LONGEST_MESSAGE], file=sys.stderr)
     return 2
 
 def require_values(args):
@@ -1979,7 +1943,7 @@ def require_values(args):
 
 def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can fix, 130 when stopped."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
         require(sys.stdout, "standard output is closed; give it a file, such as > FILE")
         with contextlib.suppress(AttributeError):  # a notebook's; a terminal may lack letters
