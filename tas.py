@@ -811,7 +811,7 @@ def extract(space, alpha, beta, target, tolerance=TOLERANCE):
         off = (torch.arange(num_cells) * cell - target).abs()
         near = off <= tolerance * target + links * cell / 2
         score = best[-1].masked_fill(~near, -math.inf)  # [cells] of whole networks
-        for m in score.argsort(descending=True)[:int(score.isfinite().sum())]:
+        for m in score.argsort(descending=True, stable=True)[:int(score.isfinite().sum())]:
             shape = shape_of_way(space, best_way(graph, best, cell, int(m)))
             if in_band(space.cost_of(shape), target, tolerance):
                 return shape
