@@ -161,12 +161,10 @@ ARCHS = {
 }
 
 def check_whole(name, value, low, high):
-    """TASError unless `value` is a whole number from low to high."""
     require(type(value) is int and low <= value <= high,
             f"{name} must be a whole number from {low} to {high}, not {value!r:.40}")
 
 def check_list(name, value, low, high):
-    """TASError unless `value` is a list of low to high items."""
     require(isinstance(value, (list, tuple)) and low <= len(value) <= high,
             f"{name} must be a list of {low} to {high} items, not {value!r:.40}")
 
@@ -236,54 +234,46 @@ class Shape:
         write_file(path, json.dumps(dataclasses.asdict(self)).encode() + b"\n")
 
 class Layer(NamedTuple):
-    """A layer of an unpruned network that costs. c_in and c_out are places in one list: channels of
-    the convs in order, then those at the exits of the stages, then 1."""
+    """A layer that costs. c_in and c_out are places in one list, those past the convs counted from
+    its end: channels of the convs in order, then those at the exits of the stages, then 1."""
 
-    kind: str   # "conv"; "projection"; "shortcut", a projection only where the channels differ;
-    #             "classifier"
     c_in: int
     c_out: int
     stage: int  # the layer is there when this stage ...
     block: int  # ... keeps more blocks than this
-    macs: int   # for each pair of an input and an output channel
+    area: int   # MACs for each pair of an input and an output channel
+    always: bool = True  # else between unequal channels only: a shortcut that may be the identity
 
-def network_layers(arch, image_size, num_classes):
+    def macs(self, c_in, c_out):
+        """MACs between so many channels, numbers or tensors."""
+        return self.area * c_in * c_out * ((c_in != c_out) | self.always)
+
+def network_layers(shape):
     """All Layers in order: the stem, the convs and the shortcut of each block, the classifier."""
-    exits = 1 + len(arch.kernels) * sum(arch.depths)  # index of the exit of the first stage
-    constant = exits + len(arch.depths)  # index of the 1
-    size = image_size if arch.small else (image_size + 1) // 2  # rounded up, as padding does
-    stem_kernel = 3 if arch.small else 7
-    layers = [Layer("conv", constant, 0, 0, 0, 3 * (stem_kernel * size) ** 2)]  # 3 colours, as one
-    size = size if arch.small else (size + 1) // 2  # max pooling
-    last = 0  # the conv before
-    for s, depth in enumerate(arch.depths):
-        for b in range(depth):
-            source = block_source = exits + s - 1 if s > 0 and b == 0 else last
-            strides = arch.conv_strides(s, b)
+    arch = ARCHS[shape.arch]
+    kernel, stride = (3, 1) if arch.small else (7, 2)
+    size = math.ceil(shape.image_size / stride)  # rounded up, as padding does
+    layers = [Layer(-1, 0, 0, 0, 3 * (kernel * size) ** 2)]  # 3 colours, as one
+    size = math.ceil(size / stride)  # max pooling
+    source = last = 0  # the input of the next conv; the last conv
+    for s, blocks in enumerate(shape.stages):
+        for b in range(len(blocks)):
+            block_source, strides = source, arch.conv_strides(s, b)
             for kernel, stride in zip(arch.kernels, strides):
-                size = (size + 1) // 2 if stride == 2 else size
+                size = math.ceil(size / stride)
                 last += 1
-                layers.append(Layer("conv", source, last, s, b, (kernel * size) ** 2))
+                layers.append(Layer(source, last, s, b, (kernel * size) ** 2))
                 source = last
-            kind = "projection" if 2 in strides else "shortcut"
-            layers.append(Layer(kind, block_source, last, s, b, size ** 2))
-    return [*layers, Layer("classifier", constant - 1, constant, s, 0, num_classes)]
+            layers.append(Layer(block_source, last, s, b, size ** 2, 2 in strides))
+        source = s - len(shape.stages) - 1  # the exit of the stage
+    return [*layers, Layer(source, -1, s, 0, shape.num_classes)]
 
 def count_macs(shape):
     """MACs of one image, an int: multiply-accumulates of the convs and of the classifier, which
     the paper prints as FLOPs. Nothing else is counted."""
-    arch = ARCHS[shape.arch]
-    channels = [shape.stem]
-    for blocks, depth in zip(shape.stages, arch.depths):
-        dropped = [0] * len(arch.kernels) * (depth - len(blocks))  # without channels, without cost
-        channels += [*itertools.chain(*blocks), *dropped]
-    channels += [blocks[-1][-1] for blocks in shape.stages] + [1]
-    macs = 0
-    for layer in network_layers(arch, shape.image_size, shape.num_classes):
-        c_in, c_out = channels[layer.c_in], channels[layer.c_out]
-        if layer.kind != "shortcut" or c_in != c_out:
-            macs += layer.macs * c_in * c_out
-    return macs
+    channels = [*shape.convs, *[blocks[-1][-1] for blocks in shape.stages], 1]
+    return sum(layer.macs(channels[layer.c_in], channels[layer.c_out])
+               for layer in network_layers(shape))
 
 def count_params(shape):
     """Number of trainable parameters of `ResNet(shape)`."""
@@ -324,25 +314,23 @@ class Space:
     def tabulate(self):
         """Make all tables anew from full, widths and depths. L layers; K and D are the largest
         numbers of candidates; costs are float64, exact for whole numbers up to 2^53."""
-        self.arch = ARCHS[self.full.arch]._replace(depths=tuple(map(len, self.full.stages)))
+        self.arch = ARCHS[self.full.arch]
         self.block_convs = len(self.arch.kernels)
         widths, depths = (
             nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
             for rows in (self.widths, self.depths))  # [convs, K], [stages, D]; 0 past a row's end
         self.num_widths, self.num_depths = widths.shape[1], depths.shape[1]
-        self.width_table, self.has_width, self.has_depth = widths, widths > 0, depths > 0
-        blocks_before = torch.tensor([0, *self.arch.depths]).cumsum(0)[:-1, None]  # [stages, 1]
-        self.last_conv = (blocks_before + depths) * self.block_convs  # [stages, D] of the stage
+        self.width_table, self.has_width = widths, widths > 0
+        self.depth_table, self.has_depth = depths, depths > 0
+        blocks = torch.tensor([len(blocks) for blocks in self.full.stages])[:, None]  # [stages, 1]
+        self.last_conv = (blocks.cumsum(0) - blocks + depths) * self.block_convs  # [stages, D]
         exits = widths[self.last_conv[:, 0]]  # [stages, K], alike for all depths
         self.one_channel = torch.eye(1, self.num_widths).double()  # [1, K]; and its probability
         channels = torch.cat([widths.double(), exits, self.one_channel])  # the list of Layer
-        layers = network_layers(self.arch, self.full.image_size, self.full.num_classes)
-        kinds, *numbers = zip(*layers)
-        self.c_in, self.c_out, self.stage, block, macs = map(torch.tensor, numbers)  # [L] each
-        c_in, c_out = channels[self.c_in, :, None], channels[self.c_out, None]
-        is_shortcut = torch.tensor([kind == "shortcut" for kind in kinds])[:, None, None]
-        self.cost = macs[:, None, None] * c_in * c_out  # [L, K, K]
-        self.cost = self.cost.masked_fill(is_shortcut & (c_in == c_out), 0)  # the identity
+        layers = network_layers(self.full)
+        self.c_in, self.c_out, self.stage, block, *_ = torch.tensor(layers).T  # [L] each
+        self.cost = torch.stack([  # [L, K, K]
+            layer.macs(channels[layer.c_in, :, None], channels[layer.c_out]) for layer in layers])
         self.kept = (block[:, None] < depths[self.stage]).double()  # [L, D] 1: the depth has it
         self.unit = "MACs"
 
@@ -355,16 +343,14 @@ class Space:
         for name, value in own.items():
             require(found.get(name) == value, f"{path} has costs of {name} "
                     f"{str(found.get(name))[:60]}, not of {str(value)[:60]}; measure them")
-        with errors_as(f"{path} has no table of costs from 0 on for every layer ({{}})"):
-            cost = torch.tensor(found["cost"], dtype=torch.float64)
-            if cost.shape != self.cost.shape or not ((cost >= 0).all() and cost.sum().isfinite()):
-                raise ValueError(f"{list(cost.shape)}, not {list(self.cost.shape)}")
-            if not found["unit"]:
-                raise ValueError("no unit")
-            self.cost, self.unit = cost, f"{found['unit']:.20}"
+        with errors_as(f"{path} has no unit or no table of costs from 0 on for every layer ({{}})"):
+            cost, unit = torch.tensor(found["cost"], dtype=torch.float64), f"{found['unit']:.20}"
+            sound = cost.shape == self.cost.shape and cost.min() >= 0 and cost.sum() < math.inf
+            if not (sound and unit):
+                raise ValueError(f"{list(cost.shape)}, not {list(self.cost.shape)}; {unit!r}")
+            self.cost, self.unit = cost, unit
 
     def show(self, cost):
-        """A cost in words."""
         return f"{cost:,.0f} MACs" if self.unit == "MACs" else f"{cost:.4g} {self.unit}"
 
     def cost_of(self, shape):
@@ -372,10 +358,9 @@ class Space:
         widths = [shape.stem]
         for blocks, full in zip(shape.stages, self.full.stages):
             widths += itertools.chain(*blocks, *full[len(blocks):])  # those of dropped ones count 0
-        width_index = [row.index(width) for row, width in zip(self.widths, widths)]
-        depth_index = [row.index(len(blocks)) for row, blocks in zip(self.depths, shape.stages)]
-        p = F.one_hot(torch.tensor(width_index), self.num_widths)
-        q = F.one_hot(torch.tensor(depth_index), self.num_depths)
+        depths = [len(blocks) for blocks in shape.stages]
+        p = self.width_table.cpu() == torch.tensor(widths)[:, None]  # one-hot
+        q = self.depth_table.cpu() == torch.tensor(depths)[:, None]
         return float(expected_macs(self, p, q))
 
     def to(self, device):
@@ -387,13 +372,11 @@ class Space:
 
     def shape(self, width_index, depth_index):
         """The Shape of one candidate per conv and per stage; indices are sequences of int."""
-        stem, *widths = [row[int(i)] for row, i in zip(self.widths, width_index)]
-        starts = range(0, len(widths), self.block_convs)
-        blocks = [widths[start:start + self.block_convs] for start in starts]  # dropped ones too
-        stages = []
-        for most, depths, i in zip(self.arch.depths, self.depths, depth_index):
+        widths = iter([row[int(i)] for row, i in zip(self.widths, width_index)])
+        stem, stages = next(widths), []
+        for full, depths, i in zip(self.full.stages, self.depths, depth_index):
+            blocks = [list(itertools.islice(widths, len(convs))) for convs in full]
             stages.append(blocks[:depths[int(i)]])
-            blocks = blocks[most:]
         return dataclasses.replace(self.full, stem=stem, stages=stages)
 
 def expected_macs(space, p, q):
