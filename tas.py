@@ -14,6 +14,7 @@ kd_loss; training: train; the search: search.
 """
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -652,14 +653,11 @@ def initial_logits(present):
 def cost_loss(expected, actual, target, tolerance=TOLERANCE):
     """Paper's cost loss: log E[MACs] when the argmax network is too large, its negative when it is
     too small, 0 inside target (1 -+ tolerance). expected: 0-d tensor; actual, target: MACs."""
-    expected = torch.as_tensor(expected)
-    actual = torch.as_tensor(actual, device=expected.device)
     over = actual > (1 + tolerance) * target
     under = actual < (1 - tolerance) * target
-    return (over.to(expected) - under.to(expected)) * expected.log()
+    return (1 * over - 1 * under) * expected.log()
 
 def in_band(macs, target, tolerance):
-    """Whether MACs are in target (1 -+ tolerance)."""
     return abs(macs - target) <= tolerance * target
 
 def log_scores(logits, present):
@@ -673,101 +671,73 @@ def log_scores(logits, present):
 
 # A network is a chain: the stem, the blocks, the classifier. What a link costs depends on its own
 # widths and on the width of its input alone. So the networks of a space are the ways through a
-# graph, and the best one within a budget is found by dynamic programming over its nodes.
+# graph, and the best one within a budget is found by dynamic programming over its nodes:
+# IMAGE; (s, b, k), the part up to block b of stage s, whose output has its k-th width; NETWORK.
+# (s, 0, k) is what stage s begins with: the stem, or the stage before with as many blocks as kept.
+
+IMAGE, NETWORK = "image", "network"
 
 class Edge(NamedTuple):
     """A way into a node of the graph: a choice of widths or of a depth."""
 
-    source: int     # an earlier node
+    source: object  # the node before
     cost: float
     score: float    # log-probability of the choice
-    stage: int = 0  # of a block
-    widths: list = None  # of the convs of a block or of the stem; None of other choices
+    widths: tuple = ()  # of the convs of a block or of the stem; none of other choices
 
 def size_graph(space, log_p, log_q):
-    """The nodes of the graph, each a list of Edges. In order: the image; the stem, a node for each
-    width; each block, a node for each output width, and after the blocks of a stage its exit, in
-    the same way; last the classifier."""
+    """The graph: node -> Edges into it, each node after its sources."""
     cost, log_p, log_q = space.cost.tolist(), log_p.tolist(), log_q.tolist()
-    graph, block = [[]], 0
+    graph, convs = collections.defaultdict(list), space.block_convs
     for k, width in enumerate(space.widths[0]):
-        graph.append([Edge(0, cost[0][0][k], log_p[0][k], 0, [width])])
-    inputs = range(1, len(graph))  # the nodes that the next block can follow, by width
+        graph[0, 0, k].append(Edge(IMAGE, cost[0][0][k], log_p[0][k], (width,)))
+    conv = layer = 0  # the last ones before a block
     for s, depths in enumerate(space.depths):
-        outputs = []  # such nodes after each block
-        for _ in space.full.stages[s]:
-            nodes = block_edges(space, cost, log_p, s, block, inputs)
-            inputs = range(len(graph), len(graph) + len(nodes))
-            outputs.append(inputs)
-            graph += nodes
-            block += 1
-        exits = []
-        for k in range(len(inputs)):
-            exits.append([Edge(outputs[d - 1][k], 0, log) for d, log in zip(depths, log_q[s])])
-        inputs = range(len(graph), len(graph) + len(exits))
-        graph += exits
-    return [*graph, [Edge(node, macs[0], 0) for node, macs in zip(inputs, cost[-1])]]
-
-def block_edges(space, cost, log_p, stage, block, inputs):
-    """The nodes of a block's output widths; inputs: those that it can follow."""
-    conv, layer = space.block_convs * block, (space.block_convs + 1) * block  # those before it
-    rows = space.widths[conv:conv + space.block_convs + 1]  # of its input and its convs
-    nodes = [[] for _ in rows[-1]]
-    for first, *index in itertools.product(*[range(len(row)) for row in rows]):
-        macs, score, c = cost[layer + space.block_convs + 1][first][index[-1]], 0, first  # shortcut
-        for i, k in enumerate(index, 1):
-            macs += cost[layer + i][c][k]
-            score += log_p[conv + i][k]
-            c = k
-        widths = [row[k] for row, k in zip(rows[1:], index)]
-        nodes[c].append(Edge(inputs[first], macs, score, stage, widths))
-    return nodes
+        for b in range(len(space.full.stages[s])):
+            rows = space.widths[conv:conv + convs + 1]  # of the block's input and its convs
+            for choice in itertools.product(*map(enumerate, rows)):
+                index, widths = zip(*choice)
+                macs, score = cost[layer + convs + 1][index[0]][index[-1]], 0  # the shortcut
+                for i, (k_in, k_out) in enumerate(itertools.pairwise(index), 1):
+                    macs += cost[layer + i][k_in][k_out]
+                    score += log_p[conv + i][k_out]
+                graph[s, b + 1, k_out].append(Edge((s, b, index[0]), macs, score, widths[1:]))
+            conv, layer = conv + convs, layer + convs + 1
+        for k in range(len(rows[-1])):
+            for depth, log in zip(depths, log_q[s]):
+                graph[s + 1, 0, k].append(Edge((s, depth, k), 0, log))
+    for k in range(len(rows[-1])):
+        graph[NETWORK].append(Edge((s + 1, 0, k), cost[-1][k][0], 0))
+    return graph
 
 def best_scores(graph, cell, num_cells):
-    """[nodes, cells]: the score of the most probable way to each node, by the MACs that it spends:
+    """Node -> [cells]: the score of the most probable way to it, by the MACs that it spends:
 
-        best[v, m] = max over the edges e into v of best[source_e, m - cost_e] + score_e
+        best[v][m] = max over the edges e into v of best[source_e][m - cost_e] + score_e
 
     with MACs in cells, those of an edge rounded to whole ones."""
-    best = torch.full((len(graph), num_cells), -math.inf, dtype=torch.float64)
-    best[0, 0] = 0
-    for node, edges in enumerate(graph):
+    best = {node: torch.full((num_cells,), -math.inf).double() for node in (IMAGE, *graph)}
+    best[IMAGE][0] = 0
+    for node, edges in graph.items():
         for edge in edges:
-            spent = round(edge.cost / cell)
-            if spent < num_cells:
-                reached = best[edge.source, :num_cells - spent] + edge.score
-                torch.maximum(best[node, spent:], reached, out=best[node, spent:])
+            spent = min(round(edge.cost / cell), num_cells)
+            reached = best[edge.source][:num_cells - spent] + edge.score
+            torch.maximum(best[node][spent:], reached, out=best[node][spent:])
     return best
 
-def best_way(graph, best, cell, m):
-    """The Edges of the most probable way to the last node that spends m cells, from its end."""
-    way, node = [], len(graph) - 1
-    while node > 0:
-        def score(edge):
+def best_shape(space, graph, best, cell, m):
+    """The Shape of the most probable way to NETWORK that spends m cells, found from its end."""
+    node, stages = NETWORK, [[] for _ in space.depths]
+    while node != IMAGE:
+        for edge in graph[node]:
             before = m - round(edge.cost / cell)
-            return best[edge.source, before] + edge.score if before >= 0 else -math.inf
-
-        way.insert(0, max(graph[node], key=score))
-        m -= round(way[0].cost / cell)
-        node = way[0].source
-    return way
-
-def extreme_cost(graph, extreme):
-    """The lowest or the highest cost of a way to the last node; extreme: the function min or max.
-
-        total[v] = extreme over the edges e into v of total[source_e] + cost_e"""
-    total = [0]
-    for edges in graph[1:]:
-        total.append(extreme(total[edge.source] + edge.cost for edge in edges))
-    return total[-1]
-
-def shape_of_way(space, way):
-    """The Shape of a way from the image to the classifier."""
-    stem, *blocks = [edge for edge in way if edge.widths]
-    stages = [[] for _ in space.depths]
-    for edge in blocks:
-        stages[edge.stage].append(edge.widths)
-    return dataclasses.replace(space.full, stem=stem.widths[0], stages=stages)
+            if before >= 0 and best[edge.source][before] + edge.score == best[node][m]:
+                break
+        if edge.widths:
+            stages[node[0]].insert(0, edge.widths)
+        node, m = edge.source, before
+    [stem] = stages[0].pop(0)  # inserted last
+    return dataclasses.replace(space.full, stem=stem, stages=stages)
 
 def extract(space, alpha, beta, target, tolerance=TOLERANCE):
     """The pruned network's Shape: the argmax one if its MACs lie in target (1 -+ tolerance), else
@@ -776,33 +746,34 @@ def extract(space, alpha, beta, target, tolerance=TOLERANCE):
     their most probable widths (so the argmax one is the most probable of all). TASError with the
     smallest and largest possible MACs when no Shape is in the band.
 
-    The best way is sought for every number of cells near the band; the most probable of these ways
-    whose exact MACs are in the band is taken. Cells are so small that all roundings of a way
-    together stay below a quarter of the band's half-width: so what is in its inner half cannot be
-    missed. Smaller cells serve spaces with few Shapes."""
+    Of the best ways of each number of cells near the band, the most probable one whose exact MACs
+    are in the band is taken. All roundings of a way together stay below a quarter of the band's
+    half-width: so what is in its inner half cannot be missed. Smaller cells serve small spaces."""
     log_p, log_q = log_scores(alpha, space.has_width), log_scores(beta, space.has_depth)
     if in_band(float(argmax_macs(space, log_p, log_q)), target, tolerance):
         return space.shape(log_p.argmax(1), log_q.argmax(1))
     graph = size_graph(space, log_p, log_q)
-    links = 2 + sum(space.arch.depths)  # that cost MACs
+    links = 2 + sum(map(len, space.full.stages))  # that cost MACs
     for refinement in REFINEMENTS:
         cell = tolerance * target / (2 * links * refinement)
-        num_cells = int(((1 + tolerance) * target / cell) + links / 2) + 1
+        first = max(0, int((1 - tolerance) * target / cell - links / 2))
+        num_cells = int((1 + tolerance) * target / cell + links / 2) + 1
         if num_cells * len(graph) > MOST_CELLS and refinement > 1:
             break
         best = best_scores(graph, cell, num_cells)
-        off = (torch.arange(num_cells) * cell - target).abs()
-        near = off <= tolerance * target + links * cell / 2
-        score = best[-1].masked_fill(~near, -math.inf)  # [cells] of whole networks
-        for m in score.argsort(descending=True, stable=True)[:int(score.isfinite().sum())]:
-            shape = shape_of_way(space, best_way(graph, best, cell, int(m)))
+        scores = best[NETWORK][first:]  # of whole networks near the band
+        for m in scores.argsort(descending=True, stable=True)[:scores.isfinite().sum()].tolist():
+            shape = best_shape(space, graph, best, cell, first + m)
             if in_band(space.cost_of(shape), target, tolerance):
                 return shape
-    fewest, most = extreme_cost(graph, min), extreme_cost(graph, max)
-    full = space.cost_of(space.full)
+    fewest, most, full = {IMAGE: 0}, {IMAGE: 0}, space.cost_of(space.full)
+    for node, edges in graph.items():
+        fewest[node] = min(fewest[edge.source] + edge.cost for edge in edges)
+        most[node] = max(most[edge.source] + edge.cost for edge in edges)
+    low, high = fewest[NETWORK], most[NETWORK]
     raise TASError(f"no shape has {space.show(target)} within {tolerance:.1%}; possible are "
-                   f"{space.show(fewest)} to {space.show(most)} ({fewest / full:.3f} to "
-                   f"{most / full:.3f} of the unpruned network); choose another target")
+                   f"{space.show(low)} to {space.show(high)} ({low / full:.3f} to "
+                   f"{high / full:.3f} of the unpruned network); choose another target")
 
 def draw_shape(space, target, tolerance=TOLERANCE):
     """A random Shape in the band (ablation): with Gumbel noise for logits the most probable sizes
