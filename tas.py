@@ -818,22 +818,16 @@ def inherit_weights(student, teacher):
         if name in source:
             require(all(a <= b for a, b in zip(tensor.shape, source[name].shape)),
                     f"--transfer init: {name} is wider than the teacher's; use another --transfer")
-            first = tuple(slice(size) for size in tensor.shape)
-            tensor.copy_(source[name][first])
+            tensor.copy_(source[name][tuple(map(slice, tensor.shape))])
     return student
 
-class Transfer(NamedTuple):
-    """A way to hand the teacher's knowledge to the network in training. Either part may be None."""
-
-    prepare: object  # (student, teacher), before the training
-    loss: object     # in place of cross-entropy: (student logits, teacher logits, labels, weight,
-    #                  temperature) -> 0-d
-
-TRANSFERS = {  # --transfer
-    "none": Transfer(None, None),
-    "init": Transfer(inherit_weights, None),
-    "kd": Transfer(None, kd_loss),
-    "init+kd": Transfer(inherit_weights, kd_loss),
+# Of each --transfer, what is called before the training, with (student, teacher), and what is
+# the loss in the place of cross-entropy, as kd_loss.
+TRANSFERS = {
+    "none": (None, None),
+    "init": (inherit_weights, None),
+    "kd": (None, kd_loss),
+    "init+kd": (inherit_weights, kd_loss),
 }
 
 # ---- Data ---------------------------------------------------------------------------------------
@@ -1079,7 +1073,7 @@ def training_loss(args, net, teacher, x, y):
         logits = net(x).float()
         teacher_logits = teacher(x).float() if teacher else None
     if teacher:
-        distil = TRANSFERS[args.transfer].loss
+        _, distil = TRANSFERS[args.transfer]
         loss = distil(logits, teacher_logits, y, args.kd_weight, args.kd_temperature)
     else:
         loss = F.cross_entropy(logits, y)
@@ -1704,14 +1698,14 @@ def command_train(args):
     if run.result is None:
         above = measure_teacher(args, data, teacher) if teacher else None
         torch.manual_seed(args.seed)
-        net, transfer = ResNet(shape), TRANSFERS[args.transfer]
+        net, (prepare, distil) = ResNet(shape), TRANSFERS[args.transfer]
         if start:  # a new classifier where there are other classes
             own = net.state_dict()
             fitting = {k: t for k, t in start.state_dict().items() if t.shape == own[k].shape}
             net.load_state_dict(fitting, strict=False)
-        if transfer.prepare:
-            transfer.prepare(net, teacher)
-        metrics = train(run, data, net, teacher if transfer.loss else None)
+        if prepare:
+            prepare(net, teacher)
+        metrics = train(run, data, net, teacher if distil else None)
         found = read_run(args.shape)[0] or None if args.shape else None
         plain = inherit_weights(ResNet(shape), net)  # without the padded channels
         save_tensors(run.path / "weights.pt", plain.state_dict())
