@@ -61,7 +61,18 @@ smoke() {
     run tools/report.py runs/smoke
 }
 
-test() { run -m pytest -q test_tas.py tools; }
+test() {  # those of tas.py and those of the tools side by side, on a core each
+    local log status=0
+    [ -z "$dry" ] || { run -m pytest -q test_tas.py tools; return; }
+    log=$(mktemp)
+    export OMP_NUM_THREADS=1
+    python -m pytest -q tools >"$log" 2>&1 &
+    trap "kill $! 2>/dev/null || true" EXIT
+    python -m pytest -q test_tas.py || status=$?
+    wait $! || status=$?
+    cat "$log"
+    return "$status"
+}
 
 # ---- Studies on a CPU ---------------------------------------------------------------------------
 

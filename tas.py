@@ -14,6 +14,7 @@ kd_loss; training: train; the search: search.
 """
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -161,12 +162,10 @@ ARCHS = {
 }
 
 def check_whole(name, value, low, high):
-    """TASError unless `value` is a whole number from low to high."""
     require(type(value) is int and low <= value <= high,
             f"{name} must be a whole number from {low} to {high}, not {value!r:.40}")
 
 def check_list(name, value, low, high):
-    """TASError unless `value` is a list of low to high items."""
     require(isinstance(value, (list, tuple)) and low <= len(value) <= high,
             f"{name} must be a list of {low} to {high} items, not {value!r:.40}")
 
@@ -236,54 +235,46 @@ class Shape:
         write_file(path, json.dumps(dataclasses.asdict(self)).encode() + b"\n")
 
 class Layer(NamedTuple):
-    """A layer of an unpruned network that costs. c_in and c_out are places in one list: channels of
-    the convs in order, then those at the exits of the stages, then 1."""
+    """A layer that costs. c_in and c_out are places in one list, those past the convs counted from
+    its end: channels of the convs in order, then those at the exits of the stages, then 1."""
 
-    kind: str   # "conv"; "projection"; "shortcut", a projection only where the channels differ;
-    #             "classifier"
     c_in: int
     c_out: int
     stage: int  # the layer is there when this stage ...
     block: int  # ... keeps more blocks than this
-    macs: int   # for each pair of an input and an output channel
+    area: int   # MACs for each pair of an input and an output channel
+    always: bool = True  # else between unequal channels only: a shortcut that may be the identity
 
-def network_layers(arch, image_size, num_classes):
+    def macs(self, c_in, c_out):
+        """MACs between so many channels, numbers or tensors."""
+        return self.area * c_in * c_out * ((c_in != c_out) | self.always)
+
+def network_layers(shape):
     """All Layers in order: the stem, the convs and the shortcut of each block, the classifier."""
-    exits = 1 + len(arch.kernels) * sum(arch.depths)  # index of the exit of the first stage
-    constant = exits + len(arch.depths)  # index of the 1
-    size = image_size if arch.small else (image_size + 1) // 2  # rounded up, as padding does
-    stem_kernel = 3 if arch.small else 7
-    layers = [Layer("conv", constant, 0, 0, 0, 3 * (stem_kernel * size) ** 2)]  # 3 colours, as one
-    size = size if arch.small else (size + 1) // 2  # max pooling
-    last = 0  # the conv before
-    for s, depth in enumerate(arch.depths):
-        for b in range(depth):
-            source = block_source = exits + s - 1 if s > 0 and b == 0 else last
-            strides = arch.conv_strides(s, b)
+    arch = ARCHS[shape.arch]
+    kernel, stride = (3, 1) if arch.small else (7, 2)
+    size = math.ceil(shape.image_size / stride)  # rounded up, as padding does
+    layers = [Layer(-1, 0, 0, 0, 3 * (kernel * size) ** 2)]  # 3 colours, as one
+    size = math.ceil(size / stride)  # max pooling
+    source = last = 0  # the input of the next conv; the last conv
+    for s, blocks in enumerate(shape.stages):
+        for b in range(len(blocks)):
+            block_source, strides = source, arch.conv_strides(s, b)
             for kernel, stride in zip(arch.kernels, strides):
-                size = (size + 1) // 2 if stride == 2 else size
+                size = math.ceil(size / stride)
                 last += 1
-                layers.append(Layer("conv", source, last, s, b, (kernel * size) ** 2))
+                layers.append(Layer(source, last, s, b, (kernel * size) ** 2))
                 source = last
-            kind = "projection" if 2 in strides else "shortcut"
-            layers.append(Layer(kind, block_source, last, s, b, size ** 2))
-    return [*layers, Layer("classifier", constant - 1, constant, s, 0, num_classes)]
+            layers.append(Layer(block_source, last, s, b, size ** 2, 2 in strides))
+        source = s - len(shape.stages) - 1  # the exit of the stage
+    return [*layers, Layer(source, -1, s, 0, shape.num_classes)]
 
 def count_macs(shape):
     """MACs of one image, an int: multiply-accumulates of the convs and of the classifier, which
     the paper prints as FLOPs. Nothing else is counted."""
-    arch = ARCHS[shape.arch]
-    channels = [shape.stem]
-    for blocks, depth in zip(shape.stages, arch.depths):
-        dropped = [0] * len(arch.kernels) * (depth - len(blocks))  # without channels, without cost
-        channels += [*itertools.chain(*blocks), *dropped]
-    channels += [blocks[-1][-1] for blocks in shape.stages] + [1]
-    macs = 0
-    for layer in network_layers(arch, shape.image_size, shape.num_classes):
-        c_in, c_out = channels[layer.c_in], channels[layer.c_out]
-        if layer.kind != "shortcut" or c_in != c_out:
-            macs += layer.macs * c_in * c_out
-    return macs
+    channels = [*shape.convs, *[blocks[-1][-1] for blocks in shape.stages], 1]
+    return sum(layer.macs(channels[layer.c_in], channels[layer.c_out])
+               for layer in network_layers(shape))
 
 def count_params(shape):
     """Number of trainable parameters of `ResNet(shape)`."""
@@ -324,25 +315,23 @@ class Space:
     def tabulate(self):
         """Make all tables anew from full, widths and depths. L layers; K and D are the largest
         numbers of candidates; costs are float64, exact for whole numbers up to 2^53."""
-        self.arch = ARCHS[self.full.arch]._replace(depths=tuple(map(len, self.full.stages)))
+        self.arch = ARCHS[self.full.arch]
         self.block_convs = len(self.arch.kernels)
         widths, depths = (
             nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
             for rows in (self.widths, self.depths))  # [convs, K], [stages, D]; 0 past a row's end
         self.num_widths, self.num_depths = widths.shape[1], depths.shape[1]
-        self.width_table, self.has_width, self.has_depth = widths, widths > 0, depths > 0
-        blocks_before = torch.tensor([0, *self.arch.depths]).cumsum(0)[:-1, None]  # [stages, 1]
-        self.last_conv = (blocks_before + depths) * self.block_convs  # [stages, D] of the stage
+        self.width_table, self.has_width = widths, widths > 0
+        self.depth_table, self.has_depth = depths, depths > 0
+        blocks = torch.tensor([len(blocks) for blocks in self.full.stages])[:, None]  # [stages, 1]
+        self.last_conv = (blocks.cumsum(0) - blocks + depths) * self.block_convs  # [stages, D]
         exits = widths[self.last_conv[:, 0]]  # [stages, K], alike for all depths
         self.one_channel = torch.eye(1, self.num_widths).double()  # [1, K]; and its probability
         channels = torch.cat([widths.double(), exits, self.one_channel])  # the list of Layer
-        layers = network_layers(self.arch, self.full.image_size, self.full.num_classes)
-        kinds, *numbers = zip(*layers)
-        self.c_in, self.c_out, self.stage, block, macs = map(torch.tensor, numbers)  # [L] each
-        c_in, c_out = channels[self.c_in, :, None], channels[self.c_out, None]
-        is_shortcut = torch.tensor([kind == "shortcut" for kind in kinds])[:, None, None]
-        self.cost = macs[:, None, None] * c_in * c_out  # [L, K, K]
-        self.cost = self.cost.masked_fill(is_shortcut & (c_in == c_out), 0)  # the identity
+        layers = network_layers(self.full)
+        self.c_in, self.c_out, self.stage, block, *_ = torch.tensor(layers).T  # [L] each
+        self.cost = torch.stack([  # [L, K, K]
+            layer.macs(channels[layer.c_in, :, None], channels[layer.c_out]) for layer in layers])
         self.kept = (block[:, None] < depths[self.stage]).double()  # [L, D] 1: the depth has it
         self.unit = "MACs"
 
@@ -355,16 +344,14 @@ class Space:
         for name, value in own.items():
             require(found.get(name) == value, f"{path} has costs of {name} "
                     f"{str(found.get(name))[:60]}, not of {str(value)[:60]}; measure them")
-        with errors_as(f"{path} has no table of costs from 0 on for every layer ({{}})"):
-            cost = torch.tensor(found["cost"], dtype=torch.float64)
-            if cost.shape != self.cost.shape or not ((cost >= 0).all() and cost.sum().isfinite()):
-                raise ValueError(f"{list(cost.shape)}, not {list(self.cost.shape)}")
-            if not found["unit"]:
-                raise ValueError("no unit")
-            self.cost, self.unit = cost, f"{found['unit']:.20}"
+        with errors_as(f"{path} has no unit or no table of costs from 0 on for every layer ({{}})"):
+            cost, unit = torch.tensor(found["cost"], dtype=torch.float64), f"{found['unit']:.20}"
+            sound = cost.shape == self.cost.shape and cost.min() >= 0 and cost.sum() < math.inf
+            if not (sound and unit):
+                raise ValueError(f"{list(cost.shape)}, not {list(self.cost.shape)}; {unit!r}")
+            self.cost, self.unit = cost, unit
 
     def show(self, cost):
-        """A cost in words."""
         return f"{cost:,.0f} MACs" if self.unit == "MACs" else f"{cost:.4g} {self.unit}"
 
     def cost_of(self, shape):
@@ -372,10 +359,9 @@ class Space:
         widths = [shape.stem]
         for blocks, full in zip(shape.stages, self.full.stages):
             widths += itertools.chain(*blocks, *full[len(blocks):])  # those of dropped ones count 0
-        width_index = [row.index(width) for row, width in zip(self.widths, widths)]
-        depth_index = [row.index(len(blocks)) for row, blocks in zip(self.depths, shape.stages)]
-        p = F.one_hot(torch.tensor(width_index), self.num_widths)
-        q = F.one_hot(torch.tensor(depth_index), self.num_depths)
+        depths = [len(blocks) for blocks in shape.stages]
+        p = self.width_table.cpu() == torch.tensor(widths)[:, None]  # one-hot
+        q = self.depth_table.cpu() == torch.tensor(depths)[:, None]
         return float(expected_macs(self, p, q))
 
     def to(self, device):
@@ -387,13 +373,11 @@ class Space:
 
     def shape(self, width_index, depth_index):
         """The Shape of one candidate per conv and per stage; indices are sequences of int."""
-        stem, *widths = [row[int(i)] for row, i in zip(self.widths, width_index)]
-        starts = range(0, len(widths), self.block_convs)
-        blocks = [widths[start:start + self.block_convs] for start in starts]  # dropped ones too
-        stages = []
-        for most, depths, i in zip(self.arch.depths, self.depths, depth_index):
+        widths = iter([row[int(i)] for row, i in zip(self.widths, width_index)])
+        stem, stages = next(widths), []
+        for full, depths, i in zip(self.full.stages, self.depths, depth_index):
+            blocks = [list(itertools.islice(widths, len(convs))) for convs in full]
             stages.append(blocks[:depths[int(i)]])
-            blocks = blocks[most:]
         return dataclasses.replace(self.full, stem=stem, stages=stages)
 
 def expected_macs(space, p, q):
@@ -669,14 +653,11 @@ def initial_logits(present):
 def cost_loss(expected, actual, target, tolerance=TOLERANCE):
     """Paper's cost loss: log E[MACs] when the argmax network is too large, its negative when it is
     too small, 0 inside target (1 -+ tolerance). expected: 0-d tensor; actual, target: MACs."""
-    expected = torch.as_tensor(expected)
-    actual = torch.as_tensor(actual, device=expected.device)
     over = actual > (1 + tolerance) * target
     under = actual < (1 - tolerance) * target
-    return (over.to(expected) - under.to(expected)) * expected.log()
+    return (1 * over - 1 * under) * torch.as_tensor(expected).log()
 
 def in_band(macs, target, tolerance):
-    """Whether MACs are in target (1 -+ tolerance)."""
     return abs(macs - target) <= tolerance * target
 
 def log_scores(logits, present):
@@ -690,101 +671,73 @@ def log_scores(logits, present):
 
 # A network is a chain: the stem, the blocks, the classifier. What a link costs depends on its own
 # widths and on the width of its input alone. So the networks of a space are the ways through a
-# graph, and the best one within a budget is found by dynamic programming over its nodes.
+# graph, and the best one within a budget is found by dynamic programming over its nodes:
+# IMAGE; (s, b, k), the part up to block b of stage s, whose output has its k-th width; NETWORK.
+# (s, 0, k) is what stage s begins with: the stem, or the stage before with as many blocks as kept.
+
+IMAGE, NETWORK = "image", "network"
 
 class Edge(NamedTuple):
     """A way into a node of the graph: a choice of widths or of a depth."""
 
-    source: int     # an earlier node
+    source: object  # the node before
     cost: float
     score: float    # log-probability of the choice
-    stage: int = 0  # of a block
-    widths: list = None  # of the convs of a block or of the stem; None of other choices
+    widths: tuple = ()  # of the convs of a block or of the stem; none of other choices
 
 def size_graph(space, log_p, log_q):
-    """The nodes of the graph, each a list of Edges. In order: the image; the stem, a node for each
-    width; each block, a node for each output width, and after the blocks of a stage its exit, in
-    the same way; last the classifier."""
+    """The graph: node -> Edges into it, each node after its sources."""
     cost, log_p, log_q = space.cost.tolist(), log_p.tolist(), log_q.tolist()
-    graph, block = [[]], 0
+    graph, convs = collections.defaultdict(list), space.block_convs
     for k, width in enumerate(space.widths[0]):
-        graph.append([Edge(0, cost[0][0][k], log_p[0][k], 0, [width])])
-    inputs = range(1, len(graph))  # the nodes that the next block can follow, by width
+        graph[0, 0, k].append(Edge(IMAGE, cost[0][0][k], log_p[0][k], (width,)))
+    conv = layer = 0  # the last ones before a block
     for s, depths in enumerate(space.depths):
-        outputs = []  # such nodes after each block
-        for _ in space.full.stages[s]:
-            nodes = block_edges(space, cost, log_p, s, block, inputs)
-            inputs = range(len(graph), len(graph) + len(nodes))
-            outputs.append(inputs)
-            graph += nodes
-            block += 1
-        exits = []
-        for k in range(len(inputs)):
-            exits.append([Edge(outputs[d - 1][k], 0, log) for d, log in zip(depths, log_q[s])])
-        inputs = range(len(graph), len(graph) + len(exits))
-        graph += exits
-    return [*graph, [Edge(node, macs[0], 0) for node, macs in zip(inputs, cost[-1])]]
-
-def block_edges(space, cost, log_p, stage, block, inputs):
-    """The nodes of a block's output widths; inputs: those that it can follow."""
-    conv, layer = space.block_convs * block, (space.block_convs + 1) * block  # those before it
-    rows = space.widths[conv:conv + space.block_convs + 1]  # of its input and its convs
-    nodes = [[] for _ in rows[-1]]
-    for first, *index in itertools.product(*[range(len(row)) for row in rows]):
-        macs, score, c = cost[layer + space.block_convs + 1][first][index[-1]], 0, first  # shortcut
-        for i, k in enumerate(index, 1):
-            macs += cost[layer + i][c][k]
-            score += log_p[conv + i][k]
-            c = k
-        widths = [row[k] for row, k in zip(rows[1:], index)]
-        nodes[c].append(Edge(inputs[first], macs, score, stage, widths))
-    return nodes
+        for b in range(len(space.full.stages[s])):
+            rows = space.widths[conv:conv + convs + 1]  # of the block's input and its convs
+            for choice in itertools.product(*map(enumerate, rows)):
+                index, widths = zip(*choice)
+                macs, score = cost[layer + convs + 1][index[0]][index[-1]], 0  # the shortcut
+                for i, (k_in, k_out) in enumerate(itertools.pairwise(index), 1):
+                    macs += cost[layer + i][k_in][k_out]
+                    score += log_p[conv + i][k_out]
+                graph[s, b + 1, k_out].append(Edge((s, b, index[0]), macs, score, widths[1:]))
+            conv, layer = conv + convs, layer + convs + 1
+        for k in range(len(rows[-1])):
+            for depth, log in zip(depths, log_q[s]):
+                graph[s + 1, 0, k].append(Edge((s, depth, k), 0, log))
+    for k in range(len(rows[-1])):
+        graph[NETWORK].append(Edge((s + 1, 0, k), cost[-1][k][0], 0))
+    return graph
 
 def best_scores(graph, cell, num_cells):
-    """[nodes, cells]: the score of the most probable way to each node, by the MACs that it spends:
+    """Node -> [cells]: the score of the most probable way to it, by the MACs that it spends:
 
-        best[v, m] = max over the edges e into v of best[source_e, m - cost_e] + score_e
+        best[v][m] = max over the edges e into v of best[source_e][m - cost_e] + score_e
 
     with MACs in cells, those of an edge rounded to whole ones."""
-    best = torch.full((len(graph), num_cells), -math.inf, dtype=torch.float64)
-    best[0, 0] = 0
-    for node, edges in enumerate(graph):
+    best = {node: torch.full((num_cells,), -math.inf).double() for node in (IMAGE, *graph)}
+    best[IMAGE][0] = 0
+    for node, edges in graph.items():
         for edge in edges:
-            spent = round(edge.cost / cell)
-            if spent < num_cells:
-                reached = best[edge.source, :num_cells - spent] + edge.score
-                torch.maximum(best[node, spent:], reached, out=best[node, spent:])
+            spent = min(round(edge.cost / cell), num_cells)
+            reached = best[edge.source][:num_cells - spent] + edge.score
+            torch.maximum(best[node][spent:], reached, out=best[node][spent:])
     return best
 
-def best_way(graph, best, cell, m):
-    """The Edges of the most probable way to the last node that spends m cells, from its end."""
-    way, node = [], len(graph) - 1
-    while node > 0:
-        def score(edge):
+def best_shape(space, graph, best, cell, m):
+    """The Shape of the most probable way to NETWORK that spends m cells, found from its end."""
+    node, stages = NETWORK, [[] for _ in space.depths]
+    while node != IMAGE:
+        for edge in graph[node]:
             before = m - round(edge.cost / cell)
-            return best[edge.source, before] + edge.score if before >= 0 else -math.inf
-
-        way.insert(0, max(graph[node], key=score))
-        m -= round(way[0].cost / cell)
-        node = way[0].source
-    return way
-
-def extreme_cost(graph, extreme):
-    """The lowest or the highest cost of a way to the last node; extreme: the function min or max.
-
-        total[v] = extreme over the edges e into v of total[source_e] + cost_e"""
-    total = [0]
-    for edges in graph[1:]:
-        total.append(extreme(total[edge.source] + edge.cost for edge in edges))
-    return total[-1]
-
-def shape_of_way(space, way):
-    """The Shape of a way from the image to the classifier."""
-    stem, *blocks = [edge for edge in way if edge.widths]
-    stages = [[] for _ in space.depths]
-    for edge in blocks:
-        stages[edge.stage].append(edge.widths)
-    return dataclasses.replace(space.full, stem=stem.widths[0], stages=stages)
+            if before >= 0 and best[edge.source][before] + edge.score == best[node][m]:
+                break
+        if edge.widths:
+            stages[node[0]].insert(0, edge.widths)
+        node, m = edge.source, before
+    [stem] = stages[0].pop(0)  # inserted last
+    return dataclasses.replace(space.full, stem=stem, stages=stages)
 
 def extract(space, alpha, beta, target, tolerance=TOLERANCE):
     """The pruned network's Shape: the argmax one if its MACs lie in target (1 -+ tolerance), else
@@ -793,33 +746,34 @@ def extract(space, alpha, beta, target, tolerance=TOLERANCE):
     their most probable widths (so the argmax one is the most probable of all). TASError with the
     smallest and largest possible MACs when no Shape is in the band.
 
-    The best way is sought for every number of cells near the band; the most probable of these ways
-    whose exact MACs are in the band is taken. Cells are so small that all roundings of a way
-    together stay below a quarter of the band's half-width: so what is in its inner half cannot be
-    missed. Smaller cells serve spaces with few Shapes."""
+    Of the best ways of each number of cells near the band, the most probable one whose exact MACs
+    are in the band is taken. All roundings of a way together stay below a quarter of the band's
+    half-width: so what is in its inner half cannot be missed. Smaller cells serve small spaces."""
     log_p, log_q = log_scores(alpha, space.has_width), log_scores(beta, space.has_depth)
     if in_band(float(argmax_macs(space, log_p, log_q)), target, tolerance):
         return space.shape(log_p.argmax(1), log_q.argmax(1))
     graph = size_graph(space, log_p, log_q)
-    links = 2 + sum(space.arch.depths)  # that cost MACs
+    links = 2 + sum(map(len, space.full.stages))  # that cost MACs
     for refinement in REFINEMENTS:
         cell = tolerance * target / (2 * links * refinement)
-        num_cells = int(((1 + tolerance) * target / cell) + links / 2) + 1
+        first = max(0, int((1 - tolerance) * target / cell - links / 2))
+        num_cells = int((1 + tolerance) * target / cell + links / 2) + 1
         if num_cells * len(graph) > MOST_CELLS and refinement > 1:
             break
         best = best_scores(graph, cell, num_cells)
-        off = (torch.arange(num_cells) * cell - target).abs()
-        near = off <= tolerance * target + links * cell / 2
-        score = best[-1].masked_fill(~near, -math.inf)  # [cells] of whole networks
-        for m in score.argsort(descending=True)[:int(score.isfinite().sum())]:
-            shape = shape_of_way(space, best_way(graph, best, cell, int(m)))
+        scores = best[NETWORK][first:]  # of whole networks near the band
+        for m in scores.argsort(descending=True, stable=True)[:scores.isfinite().sum()].tolist():
+            shape = best_shape(space, graph, best, cell, first + m)
             if in_band(space.cost_of(shape), target, tolerance):
                 return shape
-    fewest, most = extreme_cost(graph, min), extreme_cost(graph, max)
-    full = space.cost_of(space.full)
+    fewest, most, full = {IMAGE: 0}, {IMAGE: 0}, space.cost_of(space.full)
+    for node, edges in graph.items():
+        fewest[node] = min(fewest[edge.source] + edge.cost for edge in edges)
+        most[node] = max(most[edge.source] + edge.cost for edge in edges)
+    low, high = fewest[NETWORK], most[NETWORK]
     raise TASError(f"no shape has {space.show(target)} within {tolerance:.1%}; possible are "
-                   f"{space.show(fewest)} to {space.show(most)} ({fewest / full:.3f} to "
-                   f"{most / full:.3f} of the unpruned network); choose another target")
+                   f"{space.show(low)} to {space.show(high)} ({low / full:.3f} to "
+                   f"{high / full:.3f} of the unpruned network); choose another target")
 
 def draw_shape(space, target, tolerance=TOLERANCE):
     """A random Shape in the band (ablation): with Gumbel noise for logits the most probable sizes
@@ -864,22 +818,16 @@ def inherit_weights(student, teacher):
         if name in source:
             require(all(a <= b for a, b in zip(tensor.shape, source[name].shape)),
                     f"--transfer init: {name} is wider than the teacher's; use another --transfer")
-            first = tuple(slice(size) for size in tensor.shape)
-            tensor.copy_(source[name][first])
+            tensor.copy_(source[name][tuple(map(slice, tensor.shape))])
     return student
 
-class Transfer(NamedTuple):
-    """A way to hand the teacher's knowledge to the network in training. Either part may be None."""
-
-    prepare: object  # (student, teacher), before the training
-    loss: object     # in place of cross-entropy: (student logits, teacher logits, labels, weight,
-    #                  temperature) -> 0-d
-
-TRANSFERS = {  # --transfer
-    "none": Transfer(None, None),
-    "init": Transfer(inherit_weights, None),
-    "kd": Transfer(None, kd_loss),
-    "init+kd": Transfer(inherit_weights, kd_loss),
+# Of each --transfer, what is called before the training, with (student, teacher), and what is
+# the loss in the place of cross-entropy, as kd_loss.
+TRANSFERS = {
+    "none": (None, None),
+    "init": (inherit_weights, None),
+    "kd": (None, kd_loss),
+    "init+kd": (inherit_weights, kd_loss),
 }
 
 # ---- Data ---------------------------------------------------------------------------------------
@@ -1125,7 +1073,7 @@ def training_loss(args, net, teacher, x, y):
         logits = net(x).float()
         teacher_logits = teacher(x).float() if teacher else None
     if teacher:
-        distil = TRANSFERS[args.transfer].loss
+        _, distil = TRANSFERS[args.transfer]
         loss = distil(logits, teacher_logits, y, args.kd_weight, args.kd_temperature)
     else:
         loss = F.cross_entropy(logits, y)
@@ -1719,35 +1667,36 @@ def command_train(args):
     require(args.teacher or args.transfer == "none",
             f"--transfer {args.transfer} needs --teacher DIR, a trained unpruned network")
     path = args.shape or args.init
-    found = Shape.load(path) if path else None
+    given = Shape.load(path) if path else None
     start = load(path, trained=True) if args.init else None
-    data = open_data(args, found)
+    data = open_data(args, given)
     full = Shape.unpruned(args.arch, len(data.classes), args.image_size)
-    found = found or full
-    shape = dataclasses.replace(found, num_classes=full.num_classes, image_size=full.image_size)
-    require(shape.arch == full.arch and (args.init or shape == found),
-            f"{path} is {found.arch} with num_classes {found.num_classes}, image_size "
-            f"{found.image_size}; choose a {full.arch} with {full.num_classes}, {full.image_size}")
+    given = given or full
+    shape = dataclasses.replace(given, num_classes=full.num_classes, image_size=full.image_size)
+    require(shape.arch == full.arch and (args.init or shape == given),
+            f"{path} is {given.arch} with num_classes {given.num_classes}, image_size "
+            f"{given.image_size}; choose a {full.arch} with {full.num_classes}, {full.image_size}")
     teacher = load_teacher(args, shape, data) if args.teacher else None
     run = Run(args, data, "teacher" if shape == full else "pruned", TRAIN_SETTINGS,
               shape=dataclasses.asdict(shape), teacher=checksum(teacher), init=checksum(start))
     if run.result is None:
         above = measure_teacher(args, data, teacher) if teacher else None
         torch.manual_seed(args.seed)
-        net, transfer = ResNet(shape), TRANSFERS[args.transfer]
+        net, (prepare, distil) = ResNet(shape), TRANSFERS[args.transfer]
         if start:
             if start.shape.num_classes != shape.num_classes:  # a new classifier
                 start.fc = net.fc
             net.load_state_dict(start.state_dict())
-        if transfer.prepare:
-            transfer.prepare(net, teacher)
-        metrics = train(run, data, net, teacher if transfer.loss else None)
-        searched = read_run(args.shape)[0] or None if args.shape else None
+        if prepare:
+            prepare(net, teacher)
+        metrics = train(run, data, net, teacher if distil else None)
+        settings, result, _ = read_run(args.shape) if args.shape else ({}, {}, None)
         plain = inherit_weights(ResNet(shape), net)  # without the padded channels
         save_tensors(run.path / "weights.pt", plain.state_dict())
         run.finish(shape, metrics, accuracy=metrics[-1]["test_accuracy"],
                    top5=metrics[-1].get("test_top5"), classes=data.classes,
-                   search=searched, teacher_accuracy=above, weights=checksum(plain))
+                   search=settings or None, cost=result.get("cost"), teacher_accuracy=above,
+                   weights=checksum(plain))
     print_result(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
                  f"{args.data}, {summary(shape)}",
                  f"tas.py search DATA --arch {args.arch} --flops {FLOPS}" if shape == full else

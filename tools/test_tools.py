@@ -1034,7 +1034,7 @@ def test_the_layers_are_those_of_the_network(arch):
                             (*[getattr(block, f"conv{i + 1}") for i in range(block.num_convs)],
                              block)], whole.fc]
     described = [d for d, layer in zip(layers.describe_layers(space), tas.network_layers(
-        space.arch, 20, 7), strict=True) if layer.block < len(shape.stages[layer.stage])]
+        space.full), strict=True) if layer.block < len(shape.stages[layer.stage])]
     seen = {}
     for part in parts:
         part.register_forward_hook(lambda m, x, y: seen.update({m: (x[0].shape, y.shape)}))
