@@ -901,29 +901,26 @@ class SmallImages:
     def __init__(self, images, labels, device):
         self.size, self.labels = images.shape[1], labels.to(device)
         self.content = zlib.crc32(images.contiguous().numpy())
-        pixels = F.pad(images.reshape(-1, 3), (0, 0, 0, 1))  # a black one, for what lies outside
-        self.pixels = pixels.to(device)  # [N*H*W + 1, 3]
+        border = 0, 0, *[CROP_PADDING] * 4  # black, of the rows and columns
+        self.images = F.pad(images, border).to(device)  # [N, H + 8, W + 8, 3]
 
     def batches(self, order, batch_size, train, rank=0, world=1):
         """Normalised images [B, 3, H, W] and labels [B] in the given order of indices. `train`
-        augments and drops the last, incomplete batch. Each of `world` processes gets its share of
-        every batch; all of them draw the whole batch's random numbers, and so stay in step."""
-        device, size = self.labels.device, self.size
-        line = torch.arange(size, device=device)
+        augments and drops an incomplete batch. Each of `world` processes gets its share of every
+        batch; all of them draw the whole batch's random numbers, and so stay in step."""
+        device = self.labels.device
+        line = torch.arange(CROP_PADDING, CROP_PADDING + self.size, device=device)
         for index in split_batches(order.to(device), batch_size, train):
-            row = column = line.expand(len(index), size)  # [B, size]
+            row = column = line.expand(len(index), self.size)  # [B, size]
             if train:
                 shift = torch.randint(-CROP_PADDING, CROP_PADDING + 1, (2, len(index), 1),
                                       device=device)
                 flip = torch.rand(len(index), 1, device=device) < 0.5
                 row = row + shift[0]
-                column = column.where(~flip, size - 1 - column) + shift[1]
+                column = column.where(~flip, column.flip(1)) + shift[1]
             index, row, column = (t[rank::world] for t in (index, row, column))
             row, column = row[:, :, None], column[:, None]  # [B, size, 1], [B, 1, size]
-            inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
-            pixel = (index[:, None, None] * size + row) * size + column  # [B, H, W]
-            pixel = pixel.where(inside, len(self.pixels) - 1)
-            images = self.pixels.index_select(0, pixel.flatten()).view(*pixel.shape, 3)
+            images = self.images[index[:, None, None], row, column]  # [B, size, size, 3]
             yield normalize(images.permute(0, 3, 1, 2)), self.labels[index]
 
 def test_transform(size):
@@ -1003,7 +1000,6 @@ def load_cifar(name, root):
     return pairs, splits[0].classes
 
 def read_image(path):
-    """The RGB image of a file."""
     from PIL import Image
     with errors_as(f"cannot read the image {path}: {{}}; replace or remove it"):
         require_file(path)
@@ -1013,26 +1009,23 @@ def read_image(path):
             return image.convert("RGB")
 
 def open_folder(root):
-    """torchvision's ImageFolder of a split."""
     from torchvision.datasets import ImageFolder
     for link in root.glob("*/**/*"):
         require(not link.is_symlink() or not link.is_dir(),
                 f"{link} is a link to a folder, whose images might count twice; remove it")
-    with errors_as(f"{root}: {{}}. Put the images into {root.parent}/train/CLASS/ and "
-                   f"{root.parent}/val/CLASS/", OSError):  # no folder, or a class without images
+    base = root.parent
+    with errors_as(f"{root}: {{}}. Put the images into {base}/train/CLASS/ and {base}/val/CLASS/ "
+                   f"(python tools/split.py {base} makes a test/)", OSError):  # also without images
         return ImageFolder(root, loader=read_image)
 
 def open_folders(root):
     """The ImageFolders root/train and root/test or, without test, root/val."""
     train = open_folder(root / "train")
-    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
-    require(tests, f"{root} has neither test/ nor val/; make one, or let python tools/split.py "
-            f"{root} keep a tenth of each class of train/ for testing")
-    test = open_folder(tests[0])
+    test = open_folder(root / ("test" if (root / "test").is_dir() else "val"))
     odd = sorted(set(train.classes) ^ set(test.classes))
-    why = f"only one has {', '.join(odd)[:80]}" if odd else "there is one class only"
-    require(not odd and len(train.classes) > 1, f"{train.root} and {test.root} must have the same "
-            f"class folders, two or more; {why}")
+    require(not odd, f"{train.root} and {test.root} must have the same class folders; only one has "
+            f"{', '.join(odd)[:80]}")
+    require(len(train.classes) > 1, f"{train.root} has one class only; give two or more")
     return train, test
 
 def read_all(folder, size, workers):
