@@ -479,8 +479,7 @@ class ResNet(nn.Module):
 def cwi_matrix(c_in, c_out, size=None, dtype=torch.float32):
     """Channel-wise interpolation (CWI) as a matrix [c_out, c_in]: row o averages the input
     channels floor(o c_in / c_out) ... ceil((o + 1) c_in / c_out) - 1, as adaptive pooling does.
-    With `size`, of widths that are integer tensors [..., 1, 1], padded by zeros to a fixed shape
-    [..., size, size]."""
+    With `size`: of integer tensors [..., 1, 1], padded with zeros to [..., size, size]."""
     device = c_in.device if isinstance(c_in, torch.Tensor) else None
     row = torch.arange(size or c_out, device=device)[:, None]  # [rows, 1]
     column = torch.arange(size or c_in, device=device)  # [columns]
@@ -513,8 +512,7 @@ def sample_sizes(alpha, beta, tau, num_samples=NUM_SAMPLES, gumbel=True):
 
     z = perturb(alpha)  # [convs, K]
     # The largest of z + a second noise are a draw with probabilities softmax(z), without repeats.
-    ranked = z + gumbel_noise(z)
-    index = ranked.topk(min(num_samples, alpha.shape[1])).indices  # [convs, S]
+    index = (z + gumbel_noise(z)).topk(min(num_samples, z.shape[1])).indices  # [convs, S]
     return Sample(index, z.gather(1, index).softmax(-1), perturb(beta).softmax(-1))
 
 class ChannelMix(nn.Module):
@@ -909,16 +907,15 @@ class SmallImages:
         augments and drops an incomplete batch. Each of `world` processes gets its share of every
         batch; all of them draw the whole batch's random numbers, and so stay in step."""
         device = self.labels.device
-        line = torch.arange(CROP_PADDING, CROP_PADDING + self.size, device=device)
+        line = torch.arange(self.size, device=device)
         for index in split_batches(order.to(device), batch_size, train):
             row = column = line.expand(len(index), self.size)  # [B, size]
+            top = left = CROP_PADDING
             if train:
-                shift = torch.randint(-CROP_PADDING, CROP_PADDING + 1, (2, len(index), 1),
-                                      device=device)
+                top, left = torch.randint(2 * CROP_PADDING + 1, (2, len(index), 1), device=device)
                 flip = torch.rand(len(index), 1, device=device) < 0.5
-                row = row + shift[0]
-                column = column.where(~flip, column.flip(1)) + shift[1]
-            index, row, column = (t[rank::world] for t in (index, row, column))
+                column = column.where(~flip, column.flip(1))
+            index, row, column = (t[rank::world] for t in (index, row + top, column + left))
             row, column = row[:, :, None], column[:, None]  # [B, size, 1], [B, 1, size]
             images = self.images[index[:, None, None], row, column]  # [B, size, size, 3]
             yield normalize(images.permute(0, 3, 1, 2)), self.labels[index]
@@ -930,8 +927,7 @@ def test_transform(size):
     return v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
 
 def preprocess(image, size):
-    """A PIL image, resized and cropped as a test image: the input [1, 3, size, size] of a network
-    for images of that size."""
+    """A PIL image, resized and cropped as a test image: a network's input [1, 3, size, size]."""
     return normalize(test_transform(size)(image.convert("RGB"))[None])
 
 class LargeImages(torch.utils.data.Dataset):
@@ -961,7 +957,6 @@ class LargeImages(torch.utils.data.Dataset):
             return (self.plain if seed is None else self.augment)(image), label
 
     def batches(self, order, batch_size, train, rank=0, world=1):
-        """As those of SmallImages."""
         seeds = torch.randint(2 ** 62, (len(order),)).tolist() if train else [None] * len(order)
         batches = split_batches(list(zip(order.tolist(), seeds)), batch_size, train)
         loader = torch.utils.data.DataLoader(
