@@ -480,7 +480,7 @@ def cwi_matrix(c_in, c_out, size=None, dtype=torch.float32):
     """Channel-wise interpolation (CWI) as a matrix [c_out, c_in]: row o averages the input
     channels floor(o c_in / c_out) ... ceil((o + 1) c_in / c_out) - 1, as adaptive pooling does.
     With `size`: of integer tensors [..., 1, 1], padded with zeros to [..., size, size]."""
-    device = c_in.device if isinstance(c_in, torch.Tensor) else None
+    device = getattr(c_in, "device", None)  # an int has none
     row = torch.arange(size or c_out, device=device)[:, None]  # [rows, 1]
     column = torch.arange(size or c_in, device=device)  # [columns]
     first = row * c_in // c_out
