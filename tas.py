@@ -400,13 +400,7 @@ def argmax_macs(space, p, q):
 # ---- Networks -----------------------------------------------------------------------------------
 
 def conv2d(c_in, c_out, kernel, stride=1):
-    """A convolution as all networks here have them."""
     return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
-
-def init_conv(module):
-    """Kaiming initialisation by fan-out."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 class Block(nn.Module):
     """Residual block, basic or bottleneck, with torchvision's names. [N, c_in, H, W] ->
@@ -419,6 +413,8 @@ class Block(nn.Module):
             self.add_module(f"conv{i + 1}", conv2d(c, width, arch.kernels[i], strides[i]))
             self.add_module(f"bn{i + 1}", nn.BatchNorm2d(width))
             c = width
+        if not arch.small:  # residual branches start at zero (authors' code)
+            nn.init.zeros_(getattr(self, f"bn{self.num_convs}").weight)
         self.pool, self.downsample = nn.Identity(), nn.Identity()
         stride = max(strides)
         if stride == 2 or c_in != c:
@@ -427,12 +423,10 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(conv2d(c_in, c, 1, stride), nn.BatchNorm2d(c))
 
     def forward(self, x):
-        y = x
-        for i in range(1, self.num_convs + 1):
-            conv, bn = getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
-            y = bn(conv(y))  # [N, widths[i - 1], H', W']
-            if i < self.num_convs:
-                y = F.relu(y)
+        y = self.bn1(self.conv1(x))  # [N, widths[0], H', W']
+        y = self.bn2(self.conv2(F.relu(y)))
+        if self.num_convs == 3:
+            y = self.bn3(self.conv3(F.relu(y)))
         return F.relu(y + self.downsample(self.pool(x)))
 
 class ResNet(nn.Module):
@@ -442,6 +436,7 @@ class ResNet(nn.Module):
     def __init__(self, shape):
         super().__init__()
         self.shape, arch, c = shape, ARCHS[shape.arch], shape.stem
+        self.layers = []  # the stages, registered under torchvision's names
         self.conv1 = conv2d(3, c, 3) if arch.small else conv2d(3, c, 7, 2)
         self.maxpool = nn.Identity() if arch.small else nn.MaxPool2d(3, 2, 1)
         self.bn1 = nn.BatchNorm2d(c)
@@ -451,16 +446,11 @@ class ResNet(nn.Module):
                 layer.append(Block(arch, c, widths, arch.conv_strides(s, b)))
                 c = widths[-1]
             self.add_module(f"layer{s + 1}", layer)
+            self.layers.append(layer)
         self.fc = nn.Linear(c, shape.num_classes)
-        self.apply(init_conv)
-        if not arch.small:  # residual branches start at zero (authors' code)
-            for block in itertools.chain(*self.layers):
-                nn.init.zeros_(getattr(block, f"bn{block.num_convs}").weight)
-
-    @property
-    def layers(self):
-        """The stages, under torchvision's name."""
-        return [getattr(self, f"layer{s + 1}") for s in range(len(self.shape.stages))]
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))  # [N, stem, H, W]; ImageNet H/4, W/4
@@ -473,9 +463,8 @@ class ResNet(nn.Module):
 def cwi_matrix(c_in, c_out, size=None, dtype=torch.float32):
     """Channel-wise interpolation (CWI) as a matrix [c_out, c_in]: row o averages the input
     channels floor(o c_in / c_out) ... ceil((o + 1) c_in / c_out) - 1, as adaptive pooling does.
-    With `size` the widths are integer tensors [..., 1, 1] on a device, and the result is padded
-    with zeros to [..., size, size], so that its shape does not depend on them."""
-    device = c_in.device if isinstance(c_in, torch.Tensor) else None
+    With `size`: of integer tensors [..., 1, 1], padded with zeros to [..., size, size]."""
+    device = getattr(c_in, "device", None)  # an int has none
     row = torch.arange(size or c_out, device=device)[:, None]  # [rows, 1]
     column = torch.arange(size or c_in, device=device)  # [columns]
     first = row * c_in // c_out
@@ -496,8 +485,8 @@ class Sample(NamedTuple):
 
 def sample_sizes(alpha, beta, tau, num_samples=NUM_SAMPLES, gumbel=True):
     """Gumbel-Softmax over sizes (paper: sampled sizes): a Sample, differentiable in the logits
-    alpha [convs, K] and beta [stages, D]; tau > 0. z = (log p + g) / tau; gumbel=False takes the
-    plain probabilities, z = log p (ablation). No host sync."""
+    alpha [convs, K] and beta [stages, D], without a host sync. z = (log p + g) / tau with tau > 0;
+    gumbel=False takes the plain probabilities, z = log p (ablation)."""
     def gumbel_noise(logits):
         return -torch.empty_like(logits).exponential_().log()
 
@@ -507,8 +496,7 @@ def sample_sizes(alpha, beta, tau, num_samples=NUM_SAMPLES, gumbel=True):
 
     z = perturb(alpha)  # [convs, K]
     # The largest of z + a second noise are a draw with probabilities softmax(z), without repeats.
-    ranked = z.detach() + gumbel_noise(z.detach())
-    index = ranked.topk(min(num_samples, alpha.shape[1])).indices  # [convs, S]
+    index = (z + gumbel_noise(z)).topk(min(num_samples, z.shape[1])).indices  # [convs, S]
     return Sample(index, z.gather(1, index).softmax(-1), perturb(beta).softmax(-1))
 
 class ChannelMix(nn.Module):
@@ -516,65 +504,72 @@ class ChannelMix(nn.Module):
     widths c_i, of CWI(affine_i(first c_i channels), largest c_i). All of it is linear: a C x C
     matrix and a bias for each conv, in fixed shapes. They depend on the sample, not on images."""
 
-    def __init__(self, channels, widths, rows, align):
+    def __init__(self, convs, width_table, align):
         super().__init__()
         self.align = align
-        self.scale = nn.Parameter(torch.ones(*widths.shape, channels))   # [G, K, C] one affine
-        self.shift = nn.Parameter(torch.zeros(*widths.shape, channels))  # of BN per candidate
+        rows = torch.tensor([conv.row for conv in convs])
+        widths = width_table.cpu()[rows].clamp(min=1)  # past a row's end any: its weight is 0
+        scale = torch.stack([conv.first_scale for conv in convs])[:, None]  # [G, 1, C]
+        self.scale = nn.Parameter(scale.repeat(1, widths.shape[1], 1))  # [G, K, C] one affine of
+        self.shift = nn.Parameter(torch.zeros_like(self.scale))         # BN per candidate
         self.register_buffer("widths", widths, persistent=False)  # [G, K] candidates
         self.register_buffer("rows", rows, persistent=False)      # [G] of alpha
 
     def forward(self, sample):
-        """Matrices [G, C, C], biases [G, C] and largest sampled widths [G]."""
-        channels = self.scale.shape[2]
+        """Matrices [G, C, C, 1, 1], biases [G, C] and largest sampled widths [G]."""
         index, weight = sample.index[self.rows], sample.weight[self.rows]  # [G, S]
         width = self.widths.gather(1, index)[..., None, None]  # [G, S, 1, 1]
         largest = width.amax(1, keepdim=True)  # [G, 1, 1, 1]
         target = largest if self.align == "cwi" else width
-        cwi = cwi_matrix(width, target, channels, self.scale.dtype)  # [G, S, C, C]
-        chosen = index[..., None].expand(-1, -1, channels)  # [G, S, C]
-        weight = weight[..., None].to(self.scale)
-        scale = weight * self.scale.gather(1, chosen)  # [G, S, C]
-        shift = weight * self.shift.gather(1, chosen)
+        cwi = cwi_matrix(width, target, self.scale.shape[2], self.scale.dtype)  # [G, S, C, C]
+        scale = weight[..., None] * self.scale.take_along_dim(index[..., None], 1)  # [G, S, C]
+        shift = weight[..., None] * self.shift.take_along_dim(index[..., None], 1)
         matrix = (cwi * scale[:, :, None]).sum(1)  # [G, C, C]
         bias = (cwi * shift[:, :, None]).sum((1, 3))  # [G, C]
-        return matrix, bias, largest.flatten()
+        kind = matrix.device.type
+        if torch.is_autocast_enabled(kind):  # once, not conv by conv
+            dtype = torch.get_autocast_dtype(kind)
+            matrix, bias = matrix.to(dtype), bias.to(dtype)
+        return matrix[..., None, None], bias, largest.flatten()
 
 class MixedConv(nn.Module):
     """A searched conv. Its BNs are one normalisation, as batch statistics are per channel and so
     the same for every candidate width; a 1x1 conv with a matrix of ChannelMix does the rest."""
 
-    def __init__(self, conv, row):
+    def __init__(self, conv, bn, row):
         super().__init__()
         self.conv, self.row = conv, row  # of alpha
+        self.first_scale = bn.weight.detach()  # 1, or 0 at the end of a residual branch
         # With a float32 weight the statistics are float32 on every device, under autocast, too.
         self.register_buffer("bn_weight", torch.ones(conv.out_channels), persistent=False)
 
-    def forward(self, x, matrices):
-        """x [N, c_in, H, W] -> [N, C, H', W'], zero past the largest sampled width."""
-        matrix, bias = matrices[self]
+    def forward(self, x, mixed):
+        """x [N, c_in, H, W] -> [N, C, H', W'], zero past the largest sampled width; that width."""
+        matrix, bias, width = mixed[self]
         x = F.batch_norm(self.conv(x), None, None, self.bn_weight, training=True)
-        return F.conv2d(x, matrix, bias)
+        return F.conv2d(x, matrix, bias), width
 
 class MixedBlock(nn.Module):
-    """A Block of searched convs, the first of which has this row of alpha. The projection shares
-    the sample of the last conv. Zeros past the widths make unequal ones add up."""
+    """A Block of searched convs. The projection shares the sample of the last conv."""
 
-    def __init__(self, block, row):
+    def __init__(self, block, rows):
         super().__init__()
         self.convs, self.pool, self.projection = nn.ModuleList(), block.pool, None
-        for i in range(block.num_convs):
-            self.convs.append(MixedConv(getattr(block, f"conv{i + 1}"), row + i))
+        for i in range(1, block.num_convs + 1):
+            conv, bn = getattr(block, f"conv{i}"), getattr(block, f"bn{i}")
+            self.convs.append(MixedConv(conv, bn, next(rows)))
         if isinstance(block.downsample, nn.Sequential):
-            self.projection = MixedConv(block.downsample[0], self.convs[-1].row)
+            self.projection = MixedConv(*block.downsample, self.convs[-1].row)
 
-    def forward(self, x, matrices):
-        y = self.convs[0](x, matrices)
+    def forward(self, x, width, mixed):
+        """x [N, c_in, H, W] of a sampled width -> [N, C, H', W'] and its width."""
+        y, own = self.convs[0](x, mixed)
         for conv in self.convs[1:]:
-            y = conv(F.relu(y), matrices)
+            y, own = conv(F.relu(y), mixed)
         if self.projection is not None:
-            x = self.projection(self.pool(x), matrices)
-        return F.relu(y + x)  # [N, C, H', W']
+            x, width = self.projection(self.pool(x), mixed)
+        # Zeros past the widths make unequal ones add up; the sum is as wide as the wider one.
+        return F.relu(y + x), torch.maximum(width, own)
 
 class SuperResNet(nn.Module):
     """The unpruned network with every size a random variable (paper: transformable network), of
@@ -585,55 +580,37 @@ class SuperResNet(nn.Module):
     def __init__(self, space, align="cwi"):
         super().__init__()
         self.space, self.align = space, align
-        net, row = ResNet(space.full), 1
-        self.stem, self.maxpool, self.stages = MixedConv(net.conv1, 0), net.maxpool, nn.ModuleList()
+        net, rows = ResNet(space.full), itertools.count()  # of alpha
+        self.stem, self.maxpool = MixedConv(net.conv1, net.bn1, next(rows)), net.maxpool
+        self.stages = nn.ModuleList()
         for layer in net.layers:
-            self.stages.append(nn.ModuleList())
-            for block in layer:
-                self.stages[-1].append(MixedBlock(block, row))
-                row += block.num_convs
+            self.stages.append(nn.ModuleList([MixedBlock(block, rows) for block in layer]))
         self.fc = net.fc
         self.alpha, self.beta = initial_logits(space.has_width), initial_logits(space.has_depth)
-        last_convs = [block.convs[-1] for stage in self.stages for block in stage]
         self.groups = {}  # channels -> the searched convs that have as many
         for module in self.modules():
             if isinstance(module, MixedConv):
                 self.groups.setdefault(module.conv.out_channels, []).append(module)
         self.mixes = nn.ModuleList()
-        widths = space.width_table.cpu().clamp(min=1)  # past a row's end any: its weight is 0
-        for channels, convs in self.groups.items():
-            rows = torch.tensor([conv.row for conv in convs])
-            self.mixes.append(ChannelMix(channels, widths[rows], rows, align))
-            if not space.arch.small:  # residual branches start at zero, as in ResNet
-                for g, conv in enumerate(convs):
-                    if conv in last_convs:
-                        nn.init.zeros_(self.mixes[-1].scale[g])
+        for convs in self.groups.values():
+            self.mixes.append(ChannelMix(convs, space.width_table, align))
 
     def probabilities(self):
         """p [convs, K] and q [stages, D]."""
         return self.alpha.softmax(-1), self.beta.softmax(-1)
 
     def forward(self, x, sample):
-        kind, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        matrices, widths = {}, {}  # of every searched conv; its largest sampled width, 0-d
+        mixed = {}  # searched conv -> its matrix, bias and largest sampled width, 0-d
         for convs, mix in zip(self.groups.values(), self.mixes):
-            matrix, bias, largest = mix(sample)
-            matrix, bias = (t.to(dtype) for t in (matrix, bias))  # once, not conv by conv
-            matrices.update(zip(convs, zip(matrix[..., None, None].unbind(), bias.unbind())))
-            widths.update(zip(convs, largest.unbind()))
-        x = self.maxpool(F.relu(self.stem(x, matrices)))  # [N, stem, H, W]; ImageNet H/4, W/4
-        width = widths[self.stem]
+            mixed.update(zip(convs, zip(*mix(sample))))
+        x, width = self.stem(x, mixed)
+        x = self.maxpool(F.relu(x))  # [N, stem, H, W]; ImageNet H/4, W/4
         for stage, depths, q_hat in zip(self.stages, self.space.depths, sample.depth):
             # Sum over depths d of q_hat_d * CWI(output of block d, M), as one 1x1 conv over all.
             outputs, reached = [], []
-            for b, block in enumerate(stage):
-                x = block(x, matrices)  # [N, C, H, W]
-                own = widths[block.convs[-1]]
-                # With an identity shortcut, a block is as wide as the wider one of its summands.
-                width = torch.maximum(width, own) if block.projection is None else own
-                if b + 1 in depths:
+            for depth, block in enumerate(stage, 1):
+                x, width = block(x, width, mixed)  # [N, C, H, W]
+                if depth in depths:
                     outputs.append(x)
                     reached.append(width)
             source = torch.stack(reached)[:, None, None]  # [D, 1, 1]
@@ -644,8 +621,7 @@ class SuperResNet(nn.Module):
         return self.fc(x.mean((2, 3)))  # [N, classes]
 
 def initial_logits(present):
-    """Logits of the candidates that are present [rows, candidates]; of the others, ABSENT."""
-    logits = ARCH_INIT * torch.randn(present.shape)
+    logits = ARCH_INIT * torch.randn(present.shape)  # [rows, candidates]
     return nn.Parameter(logits.masked_fill(~present.cpu(), ABSENT))
 
 # ---- Search objective ---------------------------------------------------------------------------
@@ -871,29 +847,25 @@ class SmallImages:
     def __init__(self, images, labels, device):
         self.size, self.labels = images.shape[1], labels.to(device)
         self.content = zlib.crc32(images.contiguous().numpy())
-        pixels = F.pad(images.reshape(-1, 3), (0, 0, 0, 1))  # a black one, for what lies outside
-        self.pixels = pixels.to(device)  # [N*H*W + 1, 3]
+        border = 0, 0, *[CROP_PADDING] * 4  # black, of the rows and columns
+        self.images = F.pad(images, border).to(device)  # [N, H + 8, W + 8, 3]
 
     def batches(self, order, batch_size, train, rank=0, world=1):
         """Normalised images [B, 3, H, W] and labels [B] in the given order of indices. `train`
-        augments and drops the last, incomplete batch. Each of `world` processes gets its share of
-        every batch; all of them draw the whole batch's random numbers, and so stay in step."""
-        device, size = self.labels.device, self.size
-        line = torch.arange(size, device=device)
+        augments and drops an incomplete batch. Each of `world` processes gets its share of every
+        batch; all of them draw the whole batch's random numbers, and so stay in step."""
+        device = self.labels.device
+        line = torch.arange(self.size, device=device)
         for index in split_batches(order.to(device), batch_size, train):
-            row = column = line.expand(len(index), size)  # [B, size]
+            row = column = line.expand(len(index), self.size)  # [B, size]
+            top = left = CROP_PADDING
             if train:
-                shift = torch.randint(-CROP_PADDING, CROP_PADDING + 1, (2, len(index), 1),
-                                      device=device)
+                top, left = torch.randint(2 * CROP_PADDING + 1, (2, len(index), 1), device=device)
                 flip = torch.rand(len(index), 1, device=device) < 0.5
-                row = row + shift[0]
-                column = column.where(~flip, size - 1 - column) + shift[1]
-            index, row, column = (t[rank::world] for t in (index, row, column))
+                column = column.where(~flip, column.flip(1))
+            index, row, column = (t[rank::world] for t in (index, row + top, column + left))
             row, column = row[:, :, None], column[:, None]  # [B, size, 1], [B, 1, size]
-            inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
-            pixel = (index[:, None, None] * size + row) * size + column  # [B, H, W]
-            pixel = pixel.where(inside, len(self.pixels) - 1)
-            images = self.pixels.index_select(0, pixel.flatten()).view(*pixel.shape, 3)
+            images = self.images[index[:, None, None], row, column]  # [B, size, size, 3]
             yield normalize(images.permute(0, 3, 1, 2)), self.labels[index]
 
 def test_transform(size):
@@ -903,8 +875,7 @@ def test_transform(size):
     return v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
 
 def preprocess(image, size):
-    """A PIL image, resized and cropped as a test image: the input [1, 3, size, size] of a network
-    for images of that size."""
+    """A PIL image, resized and cropped as a test image: a network's input [1, 3, size, size]."""
     return normalize(test_transform(size)(image.convert("RGB"))[None])
 
 class LargeImages(torch.utils.data.Dataset):
@@ -934,7 +905,6 @@ class LargeImages(torch.utils.data.Dataset):
             return (self.plain if seed is None else self.augment)(image), label
 
     def batches(self, order, batch_size, train, rank=0, world=1):
-        """As those of SmallImages."""
         seeds = torch.randint(2 ** 62, (len(order),)).tolist() if train else [None] * len(order)
         batches = split_batches(list(zip(order.tolist(), seeds)), batch_size, train)
         loader = torch.utils.data.DataLoader(
@@ -973,7 +943,6 @@ def load_cifar(name, root):
     return pairs, splits[0].classes
 
 def read_image(path):
-    """The RGB image of a file."""
     from PIL import Image
     with errors_as(f"cannot read the image {path}: {{}}; replace or remove it"):
         require_file(path)
@@ -983,26 +952,23 @@ def read_image(path):
             return image.convert("RGB")
 
 def open_folder(root):
-    """torchvision's ImageFolder of a split."""
     from torchvision.datasets import ImageFolder
     for link in root.glob("*/**/*"):
         require(not link.is_symlink() or not link.is_dir(),
                 f"{link} is a link to a folder, whose images might count twice; remove it")
-    with errors_as(f"{root}: {{}}. Put the images into {root.parent}/train/CLASS/ and "
-                   f"{root.parent}/val/CLASS/", OSError):  # no folder, or a class without images
+    base = root.parent
+    with errors_as(f"{root}: {{}}. Put the images into {base}/train/CLASS/ and {base}/val/CLASS/ "
+                   f"(python tools/split.py {base} makes a test/)", OSError):  # also without images
         return ImageFolder(root, loader=read_image)
 
 def open_folders(root):
     """The ImageFolders root/train and root/test or, without test, root/val."""
     train = open_folder(root / "train")
-    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
-    require(tests, f"{root} has neither test/ nor val/; make one, or let python tools/split.py "
-            f"{root} keep a tenth of each class of train/ for testing")
-    test = open_folder(tests[0])
+    test = open_folder(root / ("test" if (root / "test").is_dir() else "val"))
     odd = sorted(set(train.classes) ^ set(test.classes))
-    why = f"only one has {', '.join(odd)[:80]}" if odd else "there is one class only"
-    require(not odd and len(train.classes) > 1, f"{train.root} and {test.root} must have the same "
-            f"class folders, two or more; {why}")
+    require(not odd, f"{train.root} and {test.root} must have the same class folders; only one has "
+            f"{', '.join(odd)[:80]}")
+    require(len(train.classes) > 1, f"{train.root} has one class only; give two or more")
     return train, test
 
 def read_all(folder, size, workers):
