@@ -1319,13 +1319,12 @@ def wait_for_all():
         torch.distributed.barrier()
 
 def write_file(path, content):
-    """Write bytes under a temporary name, flush and rename: the old file or the new, never half.
-    The first process alone does."""
-    path, temporary = Path(path), Path(f"{path}.{os.getpid()}-{time.monotonic_ns()}.tmp")
+    """Write bytes, in the first process alone: the file is the old or the new one, never half."""
     if not is_first():
         return
+    temporary = Path(f"{path}.{os.getpid()}-{time.monotonic_ns()}.tmp")
     with errors_as(f"cannot write {path}: {{}}; free space or choose another --out", OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "xb") as file:  # a new file, never one that a link leads to
                 file.write(content)
@@ -1342,15 +1341,11 @@ def require_file(path):
 
 def read_json(path):
     """The object in a JSON file; TASError when it is none or larger than 1 MB."""
-    with errors_as(f"cannot read {path} ({{}}); it must hold one JSON object, of at most 1 MB",
-                   (OSError, ValueError, RecursionError)):
+    with errors_as(f"cannot read {path} ({{}}); it must hold one JSON object, of at most 1 MB"):
         require_file(path)
         if os.path.getsize(path) > 1_000_000:
             raise ValueError("larger than 1 MB")
-        value = json.loads(Path(path).read_text())
-        if not isinstance(value, dict):
-            raise ValueError(f"a {type(value).__name__}")
-        return value
+        return {**json.loads(Path(path).read_text())}  # a TypeError of what is no object
 
 def save_tensors(path, state):
     """torch.save, whole or not at all."""
@@ -1414,7 +1409,7 @@ class Run:
             "precision": native_precision(args)}
         if (self.path / "run.json").exists():
             self.info = read_json(self.path / "run.json")
-            self.compare("run.json", self.info.get("settings"))
+            self.compare(self.info.get("settings"))
             resumable = (self.path / "last.ckpt").exists() or "result" not in self.info
             require((self.result or resumable) and self.info.get("precision") in ("fp32", "bf16"),
                     f"{self.path / 'run.json'} is damaged; choose another --out")
@@ -1433,20 +1428,19 @@ class Run:
         sound = isinstance(result, dict) and type(result.get(key)) in (int, float)
         return result if sound and 0 <= result[key] < 1e18 else None
 
-    def compare(self, name, old):
-        """TASError where a file of the run has other settings."""
-        require(isinstance(old, dict), f"{self.path / name} has no settings; choose another --out")
-        odd = []
-        for key in sorted({*old, *self.settings}):
+    def compare(self, old):
+        """TASError unless the settings in run.json, `old`, are those of this command."""
+        path, odd = self.path / "run.json", []
+        require(isinstance(old, dict), f"{path} has no settings; choose another --out")
+        for key in old | self.settings:
             before, now = (d.get(key, "not recorded") for d in (old, self.settings))
             if before != now:
                 odd.append(f"{key} was {str(before)[:60]}, now {str(now)[:60]}")
         kept = "; prune keeps its teacher with --teacher DIR" if "target" in old else ""
-        require(not odd, f"{self.path / name} has other settings ({'; '.join(odd)}); choose "
-                f"another --out, or the old settings{kept}")
+        require(not odd, f"{path} has other settings ({'; '.join(odd)}); choose another --out, or "
+                f"the old settings{kept}")
 
     def update(self, **entries):
-        """Add entries to run.json."""
         self.info |= entries
         write_file(self.path / "run.json", json.dumps(self.info, indent=1).encode() + b"\n")
 
@@ -1459,34 +1453,35 @@ class Run:
         if not path.exists():
             return []
         state = load_tensors(path)
-        with errors_as(f"{path} does not fit this network; delete it to start anew, or choose "
-                       "another --out"):
-            self.compare("last.ckpt", state.get("settings"))
+        with errors_as(f"{path} has other settings or does not fit this network; delete it to "
+                       "start anew, or choose another --out"):
+            if state["settings"] != self.settings:
+                raise ValueError
             shown = "argmax_macs" if "target" in self.settings else "test_accuracy"
             for i, line in enumerate(state["metrics"] or [{}], 1):  # a checkpoint has one at least
                 if line["epoch"] != i or not math.isfinite(line[shown] + sum(line.values())):
-                    raise ValueError("odd metrics")
+                    raise ValueError
             for name, part in parts.items():
+                saved = state["parts"][name]
                 if isinstance(part, torch.optim.Optimizer):  # all but the buffers are settings
-                    state["parts"][name]["param_groups"] = part.state_dict()["param_groups"]
-                require_same_form(part, state["parts"][name])
-            for name, part in parts.items():
-                part.load_state_dict(state["parts"][name])
+                    require_same_form(part, saved["state"])
+                    saved = part.state_dict() | {"state": saved["state"]}
+                part.load_state_dict(saved)
             torch.set_rng_state(state["rng"])
             if len(state["cuda_rng"]) and self.args.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"])
-            return [dict(line) for line in state["metrics"]]
+            return json.loads(json.dumps(state["metrics"]))  # of numbers, and so of no tensors
 
     def steps(self, epoch, count, batches, seen):
         """Pairs (number of the step in the whole run, batch) of an epoch of `count` steps; shows
         them as a bar on a terminal, with what the last one put into `seen`."""
         from tqdm import tqdm
-        disable = self.args.quiet or not is_first() or None  # None: without a terminal
-        self.bar = self.bar or tqdm(total=count * self.args.epochs, initial=count * epoch,
-                                    unit="step", dynamic_ncols=True, disable=disable)
+        self.bar = self.bar or tqdm(
+            total=count * self.args.epochs, initial=count * epoch, unit="step", dynamic_ncols=True,
+            disable=self.args.quiet or not is_first() or None)  # None: without a terminal
         self.bar.set_description(
             printable(f"{self.path.name}, epoch {epoch + 1} of {self.args.epochs}"))
-        for i, batch in zip(range(count * epoch, count * (epoch + 1)), batches):
+        for i, batch in enumerate(batches, count * epoch):
             require(self.args.world == 1 or os.getppid() == self.launcher,
                     "the launcher of this process is gone")
             yield i, batch
@@ -1530,22 +1525,17 @@ class Run:
             "seconds": round(sum(line["seconds"] for line in metrics), 1)})
         wait_for_all()  # the next step of `prune` reads these files
 
-def require_same_form(part, saved):
-    """ValueError unless the saved state of a network or an optimiser has the shapes, dtypes and
-    strides of this one; the fused optimisers do not look before they write."""
-    pairs = []
-    if isinstance(part, nn.Module):
-        pairs = [(tensor, saved[name]) for name, tensor in part.state_dict().items()]
-    else:
-        adam = isinstance(part, torch.optim.Adam)
-        names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
-        for i, parameter in enumerate(part.param_groups[0]["params"]):
-            for name in names:
-                value = saved["state"][i][name]
-                pairs.append((torch.tensor(0.0) if name == "step" else parameter, value))
-    for a, b in pairs:
-        if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
-            raise ValueError(f"{tuple(b.shape)} {b.dtype} for {tuple(a.shape)} {a.dtype}")
+def require_same_form(optimizer, saved):
+    """ValueError unless the saved buffers have the shape, dtype and strides of this optimiser's,
+    which are those of a parameter; the fused optimisers do not look before they write."""
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        own = {"momentum_buffer": parameter}
+        if isinstance(optimizer, torch.optim.Adam):
+            own = {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
+        for name, a in own.items():
+            b = saved[i][name]
+            if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
+                raise ValueError
 
 def machine(device):
     """Name of the GPU, or of the processor and its number of threads."""
@@ -1577,9 +1567,8 @@ def load(path, trained=False):
     """The network, in eval mode, of a run directory of `train` with its weights or, unless it must
     be `trained`, a new one of a shape file."""
     weights, trained = Path(path, "weights.pt"), trained or os.path.isdir(path)
-    require(weights.exists() or not trained,
-            f"{path} has no weights.pt; give the directory of a finished train, or make one with "
-            "tools/weights.py")
+    require(weights.exists() or not trained, f"{path} has no weights.pt; give the directory of a "
+            "finished train, or make one with tools/weights.py")
     net = ResNet(Shape.load(path)).eval()
     if trained:
         with errors_as(f"{weights} does not fit the shape.json beside it"):
