@@ -1093,7 +1093,6 @@ def to_device(net, args):
     """Move a network to the device, in the memory format that convolutions like."""
     return net.to(args.device, memory_format=torch.channels_last)
 
-@torch.no_grad()
 def average_over_processes(tensors):
     """Average tensors over all processes, in place, where there are several."""
     if torch.distributed.is_initialized():
@@ -1162,27 +1161,25 @@ def take_step(args, net, optimizer, loss_function, *inputs):
     accuracy = 100 * (logits.argmax(1) == inputs[-1]).double().mean()
     return torch.stack([loss.detach().double(), accuracy])
 
-def mean_of_steps(run, epoch, steps):
-    """Mean loss and accuracy in % of an epoch's steps and all processes; TASError if not finite."""
-    values = torch.stack(steps)  # [steps, 2]
+def mean_of_steps(run, epoch, seen):
+    """Metrics of an epoch: means over its steps and all processes; TASError if not finite."""
+    names = "train_loss", "train_accuracy", "val_loss", "val_accuracy"  # a training has two
+    values = torch.stack(seen)  # [steps, 2], of a search [steps, 4]
     average_over_processes([values])
-    for step, finite in enumerate(values[:, 0].isfinite().tolist()):
-        require(finite, f"{run.path}: the loss is not finite in epoch {epoch + 1}, step "
-                f"{step + 1}, with --lr {run.args.lr:g}; lower --lr (and choose another --out); "
-                "the last checkpoint, if there is one, is kept")
-    return values.mean(0).tolist()
+    for step, finite in enumerate(values[:, ::2].isfinite().all(1).tolist(), 1):
+        require(finite, f"{run.path}: the loss is not finite in epoch {epoch + 1}, step {step}, "
+                f"with --lr {run.args.lr:g}; lower --lr and choose another --out")
+    return dict(zip(names, values.mean(0).tolist()))
 
 def resources(args, optimizer, images, start):
-    """Metrics of an epoch that began at `start`: learning rate at its end, speed, and the highest
-    memory so far in MB, of the GPU or of the process."""
+    """Metrics of an epoch: its last learning rate, speed, highest memory of the GPU or process."""
     import resource
     seconds = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     if args.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 1e6
-    return {"lr": float(optimizer.param_groups[0]["lr"]),
-            "images_per_second": round(images / seconds, 1), "memory_mb": round(memory, 1),
-            "seconds": round(seconds, 2)}
+    return {"lr": optimizer.param_groups[0]["lr"], "images_per_second": round(images / seconds, 1),
+            "memory_mb": round(memory, 1), "seconds": round(seconds, 2)}
 
 def shuffled_batches(split, indices, args):
     """Augmented batches of these images of a split, in a new order."""
@@ -1206,17 +1203,15 @@ def evaluate(net, split, args):
 def pad_channels(net):
     """Widen every layer of `net` to multiples of CHANNEL_MULTIPLE with zeros, which processors like
     and training keeps: the function is unchanged; `inherit_weights` takes the channels back out."""
-    for module in net.modules():
-        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, old in tensors:
-            size = [math.ceil(n / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE for n in old.shape[:2]]
-            if module is net.conv1:
-                size[1] = 3  # colours
-            elif module is net.fc:
-                size[0] = len(old)  # classes
-            new = old.new_zeros([*size, *old.shape[2:]])
-            new[tuple(map(slice, old.shape))] = old.detach()
-            setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        size = [math.ceil(n / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE for n in tensor.shape[:2]]
+        if name == "conv1.weight":
+            size[1] = 3  # colours
+        elif name.startswith("fc."):
+            size[0] = len(tensor)  # classes
+        padded = tensor.new_zeros([*size, *tensor.shape[2:]])
+        padded[tuple(map(slice, tensor.shape))] = tensor.detach()
+        tensor.data = padded
     return net
 
 def train(run, data, net, teacher=None):
@@ -1224,7 +1219,6 @@ def train(run, data, net, teacher=None):
     args = run.args
     everything = torch.arange(len(data.train.labels))
     steps = len(everything) // args.batch_size  # an epoch
-    total = args.epochs * steps
     warmup = steps * min(WARMUP_EPOCHS, WARMUP_SHARE * args.epochs)
     to_device(pad_channels(net), args)
     if teacher:
@@ -1238,16 +1232,14 @@ def train(run, data, net, teacher=None):
         net.train()
         batches = shuffled_batches(data.train, everything, args)
         for i, batch in run.steps(epoch, steps, batches, seen):
-            set_learning_rate(optimizer, i, total, warmup, args.lr)
+            set_learning_rate(optimizer, i, args.epochs * steps, warmup, args.lr)
             seen.append(take_step(args, net, optimizer, training_loss, teacher, *batch))
         average_over_processes([b for b in net.buffers() if b.is_floating_point()])
-        train_loss, train_accuracy = mean_of_steps(run, epoch, seen)
+        means = mean_of_steps(run, epoch, seen)
         top1, top5 = evaluate(net, data.test, args)
         top5 = {"test_top5": top5} if len(data.classes) > TOP5_CLASSES else {}
-        metrics.append({
-            "epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy,
-            "test_accuracy": top1, **top5,
-            **resources(args, optimizer, steps * args.batch_size, start)})
+        metrics.append({"epoch": epoch + 1, **means, "test_accuracy": top1, **top5,
+                        **resources(args, optimizer, steps * args.batch_size, start)})
         run.save(state, metrics)
     return metrics
 
@@ -1259,34 +1251,27 @@ def search(run, data, space, target):
     net = to_device(SuperResNet(space.to(args.device), args.align), args)
     halves = split_halves(data.train.labels, args.seed)
     steps = len(halves[1]) // args.batch_size  # an epoch
-    total = args.epochs * steps
-    sizes = [net.alpha, net.beta]
     weights = [p for p in net.parameters() if p is not net.alpha and p is not net.beta]
     optimizer = sgd(weights, args)
-    arch_optimizer = torch.optim.Adam(sizes, args.arch_lr, betas=ARCH_BETAS, fused=True,
-                                      weight_decay=ARCH_WEIGHT_DECAY)
+    arch_optimizer = torch.optim.Adam([net.alpha, net.beta], args.arch_lr, betas=ARCH_BETAS,
+                                      weight_decay=ARCH_WEIGHT_DECAY, fused=True)
     tau = torch.zeros((), device=args.device)  # a tensor, so that all steps are one graph
     state = {"net": net, "optimizer": optimizer, "arch_optimizer": arch_optimizer}
     metrics = run.resume(state)
 
     for epoch in range(len(metrics), args.epochs):
-        start, weight_seen, arch_seen = time.perf_counter(), [], []
+        start, seen = time.perf_counter(), []
         temperature = gumbel_temperature(epoch, args.epochs, args.tau_start, args.tau_end)
         tau.fill_(temperature)
-        net.train()
         batches = [shuffled_batches(data.train, half, args) for half in halves]
-        for i, (batch, arch_batch) in run.steps(epoch, steps, zip(*batches), arch_seen):
-            set_learning_rate(optimizer, i, total, 0, args.lr)
-            weight_seen.append(take_step(args, net, optimizer, search_loss, tau, *batch))
-            arch_seen.append(take_step(args, net, arch_optimizer, architecture_loss, tau, target,
-                                       *arch_batch))
-        # These first: a loss that is not finite here spoils the weights from the next step on.
-        val_loss, val_accuracy = mean_of_steps(run, epoch, arch_seen)
-        train_loss, train_accuracy = mean_of_steps(run, epoch, weight_seen)
-        metrics.append({
-            "epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy,
-            "val_loss": val_loss, "val_accuracy": val_accuracy, "tau": temperature,
-            **measure_sizes(net), **resources(args, optimizer, 2 * steps * args.batch_size, start)})
+        for i, (batch, arch_batch) in run.steps(epoch, steps, zip(*batches), seen):
+            set_learning_rate(optimizer, i, args.epochs * steps, 0, args.lr)
+            seen.append(torch.cat([
+                take_step(args, net, optimizer, search_loss, tau, *batch),
+                take_step(args, net, arch_optimizer, architecture_loss, tau, target, *arch_batch)]))
+        means = mean_of_steps(run, epoch, seen)
+        metrics.append({"epoch": epoch + 1, **means, "tau": temperature, **measure_sizes(net),
+                        **resources(args, optimizer, 2 * steps * args.batch_size, start)})
         run.save(state, metrics)
     return extract(space, net.alpha, net.beta, target, args.tolerance), metrics
 
@@ -1294,18 +1279,18 @@ def search(run, data, space, target):
 def measure_sizes(net):
     """MACs, and how decided alpha and beta are: top minus second probability, a mean over the sizes
     that have a choice."""
-    def discrepancy(probabilities, rows):
-        choice = torch.tensor([len(row) > 1 for row in rows], device=probabilities.device)
-        if not choice.any():
+    def discrepancy(probabilities, present):
+        rows = probabilities.double()[present.sum(1) > 1]  # [sizes, candidates]
+        if len(rows) == 0:
             return 0.0
-        first, second = probabilities.double()[choice].topk(2).values.T
+        first, second = rows.topk(2).values.T
         return float((first - second).mean())
 
     p, q = net.probabilities()
     return {"expected_macs": float(expected_macs(net.space, p, q)),
             "argmax_macs": float(argmax_macs(net.space, p, q)),
-            "width_discrepancy": discrepancy(p, net.space.widths),
-            "depth_discrepancy": discrepancy(q, net.space.depths)}
+            "width_discrepancy": discrepancy(p, net.space.has_width),
+            "depth_discrepancy": discrepancy(q, net.space.has_depth)}
 
 # ---- Runs ---------------------------------------------------------------------------------------
 
@@ -1314,7 +1299,6 @@ def is_first():
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 def wait_for_all():
-    """Until every process is here."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -1343,8 +1327,7 @@ def read_json(path):
     """The object in a JSON file; TASError when it is none or larger than 1 MB."""
     with errors_as(f"cannot read {path} ({{}}); it must hold one JSON object, of at most 1 MB"):
         require_file(path)
-        if os.path.getsize(path) > 1_000_000:
-            raise ValueError("larger than 1 MB")
+        require(os.path.getsize(path) <= 1_000_000, f"{path} has more than 1 MB; give another file")
         return {**json.loads(Path(path).read_text())}  # a TypeError of what is no object
 
 def save_tensors(path, state):
@@ -1355,8 +1338,7 @@ def save_tensors(path, state):
 
 def load_tensors(path):
     """A dict saved by torch.save, on the CPU; nothing in the file is executed."""
-    with errors_as(f"{path} is missing, damaged or of another program ({{}}); delete it or use "
-                   "another"):
+    with errors_as(f"{path} is missing, damaged or foreign ({{}}); delete it or use another"):
         require_file(path)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not compare checksums
@@ -1377,8 +1359,7 @@ def require_new(path):
             f"{path} exists and is no run directory; choose another --out")
 
 def lock_directory(path):
-    """An open file whose lock the operating system drops with the process; TASError when another
-    one holds it."""
+    """An open file, locked until this process ends; TASError while another one has locked it."""
     import fcntl
     with errors_as(f"cannot write {path}: {{}}; choose another --out", OSError):
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # never a file that a link leads to
@@ -1453,14 +1434,13 @@ class Run:
         if not path.exists():
             return []
         state = load_tensors(path)
-        with errors_as(f"{path} has other settings or does not fit this network; delete it to "
-                       "start anew, or choose another --out"):
-            if state["settings"] != self.settings:
-                raise ValueError
+        odd = (f"{path} has other settings or does not fit this network; delete it to start anew, "
+               "or choose another --out")
+        with errors_as(odd):
+            require(state["settings"] == self.settings and state["metrics"], odd)
             shown = "argmax_macs" if "target" in self.settings else "test_accuracy"
-            for i, line in enumerate(state["metrics"] or [{}], 1):  # a checkpoint has one at least
-                if line["epoch"] != i or not math.isfinite(line[shown] + sum(line.values())):
-                    raise ValueError
+            for i, line in enumerate(state["metrics"], 1):
+                require(line["epoch"] == i and math.isfinite(line[shown] + sum(line.values())), odd)
             for name, part in parts.items():
                 saved = state["parts"][name]
                 if isinstance(part, torch.optim.Optimizer):  # all but the buffers are settings
@@ -1482,11 +1462,10 @@ class Run:
         self.bar.set_description(
             printable(f"{self.path.name}, epoch {epoch + 1} of {self.args.epochs}"))
         for i, batch in enumerate(batches, count * epoch):
-            require(self.args.world == 1 or os.getppid() == self.launcher,
-                    "the launcher of this process is gone")
+            require(self.args.world == 1 or os.getppid() == self.launcher, "the launcher is gone")
             yield i, batch
             if not self.bar.disable and len(seen) % BAR_STEPS == 1:
-                loss, accuracy = seen[-1].tolist()  # waits for the device
+                *_, loss, accuracy = seen[-1].tolist()  # waits for the device
                 self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f}%{self.last}")
             self.bar.update()
 
@@ -1526,8 +1505,7 @@ class Run:
         wait_for_all()  # the next step of `prune` reads these files
 
 def require_same_form(optimizer, saved):
-    """ValueError unless the saved buffers have the shape, dtype and strides of this optimiser's,
-    which are those of a parameter; the fused optimisers do not look before they write."""
+    """ValueError unless the saved buffers have the form that fused optimisers take for granted."""
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
         own = {"momentum_buffer": parameter}
         if isinstance(optimizer, torch.optim.Adam):
