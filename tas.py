@@ -1443,8 +1443,10 @@ class Run:
                 require(line["epoch"] == i and math.isfinite(line[shown] + sum(line.values())), odd)
             for name, part in parts.items():
                 saved = state["parts"][name]
-                if isinstance(part, torch.optim.Optimizer):  # all but the buffers are settings
-                    require_same_form(part, saved["state"])
+                if isinstance(part, nn.Module):
+                    require_same_form(part.state_dict(), saved)
+                else:  # all but the buffers are settings
+                    require_same_buffers(part, saved["state"])
                     saved = part.state_dict() | {"state": saved["state"]}
                 part.load_state_dict(saved)
             torch.set_rng_state(state["rng"])
@@ -1504,16 +1506,20 @@ class Run:
             "seconds": round(sum(line["seconds"] for line in metrics), 1)})
         wait_for_all()  # the next step of `prune` reads these files
 
-def require_same_form(optimizer, saved):
-    """ValueError unless the saved buffers have the form that fused optimisers take for granted."""
+def require_same_form(own, saved):
+    """ValueError unless the saved tensors have the shapes, dtypes and strides of these."""
+    for name, a in own.items():
+        b = saved[name]
+        if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
+            raise ValueError
+
+def require_same_buffers(optimizer, saved):
+    """The same of an optimiser's buffers; the fused ones do not look before they write."""
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
         own = {"momentum_buffer": parameter}
         if isinstance(optimizer, torch.optim.Adam):
             own = {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
-        for name, a in own.items():
-            b = saved[i][name]
-            if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
-                raise ValueError
+        require_same_form(own, saved[i])
 
 def machine(device):
     """Name of the GPU, or of the processor and its number of threads."""
