@@ -1007,7 +1007,6 @@ def to_device(net, args):
     """Move a network to the device, in the memory format that convolutions like."""
     return net.to(args.device, memory_format=torch.channels_last)
 
-@torch.no_grad()
 def average_over_processes(tensors):
     """Average tensors over all processes, in place, where there are several."""
     if torch.distributed.is_initialized():
@@ -1076,27 +1075,25 @@ def take_step(args, net, optimizer, loss_function, *inputs):
     accuracy = 100 * (logits.argmax(1) == inputs[-1]).double().mean()
     return torch.stack([loss.detach().double(), accuracy])
 
-def mean_of_steps(run, epoch, steps):
-    """Mean loss and accuracy in % of an epoch's steps and all processes; TASError if not finite."""
-    values = torch.stack(steps)  # [steps, 2]
+def mean_of_steps(run, epoch, seen):
+    """Metrics of an epoch: means over its steps and all processes; TASError if not finite."""
+    names = "train_loss", "train_accuracy", "val_loss", "val_accuracy"  # a training has two
+    values = torch.stack(seen)  # [steps, 2], of a search [steps, 4]
     average_over_processes([values])
-    for step, finite in enumerate(values[:, 0].isfinite().tolist()):
-        require(finite, f"{run.path}: the loss is not finite in epoch {epoch + 1}, step "
-                f"{step + 1}, with --lr {run.args.lr:g}; lower --lr (and choose another --out); "
-                "the last checkpoint, if there is one, is kept")
-    return values.mean(0).tolist()
+    for step, finite in enumerate(values[:, ::2].isfinite().all(1).tolist(), 1):
+        require(finite, f"{run.path}: the loss is not finite in epoch {epoch + 1}, step {step}, "
+                f"with --lr {run.args.lr:g}; lower --lr and choose another --out")
+    return dict(zip(names, values.mean(0).tolist()))
 
 def resources(args, optimizer, images, start):
-    """Metrics of an epoch that began at `start`: learning rate at its end, speed, and the highest
-    memory so far in MB, of the GPU or of the process."""
+    """Metrics of an epoch: its last learning rate, speed, highest memory of the GPU or process."""
     import resource
     seconds = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     if args.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 1e6
-    return {"lr": float(optimizer.param_groups[0]["lr"]),
-            "images_per_second": round(images / seconds, 1), "memory_mb": round(memory, 1),
-            "seconds": round(seconds, 2)}
+    return {"lr": optimizer.param_groups[0]["lr"], "images_per_second": round(images / seconds, 1),
+            "memory_mb": round(memory, 1), "seconds": round(seconds, 2)}
 
 def shuffled_batches(split, indices, args):
     """Augmented batches of these images of a split, in a new order."""
@@ -1120,17 +1117,15 @@ def evaluate(net, split, args):
 def pad_channels(net):
     """Widen every layer of `net` to multiples of CHANNEL_MULTIPLE with zeros, which processors like
     and training keeps: the function is unchanged; `inherit_weights` takes the channels back out."""
-    for module in net.modules():
-        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, old in tensors:
-            size = [math.ceil(n / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE for n in old.shape[:2]]
-            if module is net.conv1:
-                size[1] = 3  # colours
-            elif module is net.fc:
-                size[0] = len(old)  # classes
-            new = old.new_zeros([*size, *old.shape[2:]])
-            new[tuple(map(slice, old.shape))] = old.detach()
-            setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        size = [math.ceil(n / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE for n in tensor.shape[:2]]
+        if name == "conv1.weight":
+            size[1] = 3  # colours
+        elif name.startswith("fc."):
+            size[0] = len(tensor)  # classes
+        padded = tensor.new_zeros([*size, *tensor.shape[2:]])
+        padded[tuple(map(slice, tensor.shape))] = tensor.detach()
+        tensor.data = padded
     return net
 
 def train(run, data, net, teacher=None):
@@ -1138,7 +1133,6 @@ def train(run, data, net, teacher=None):
     args = run.args
     everything = torch.arange(len(data.train.labels))
     steps = len(everything) // args.batch_size  # an epoch
-    total = args.epochs * steps
     warmup = steps * min(WARMUP_EPOCHS, WARMUP_SHARE * args.epochs)
     to_device(pad_channels(net), args)
     if teacher:
@@ -1152,16 +1146,14 @@ def train(run, data, net, teacher=None):
         net.train()
         batches = shuffled_batches(data.train, everything, args)
         for i, batch in run.steps(epoch, steps, batches, seen):
-            set_learning_rate(optimizer, i, total, warmup, args.lr)
+            set_learning_rate(optimizer, i, args.epochs * steps, warmup, args.lr)
             seen.append(take_step(args, net, optimizer, training_loss, teacher, *batch))
         average_over_processes([b for b in net.buffers() if b.is_floating_point()])
-        train_loss, train_accuracy = mean_of_steps(run, epoch, seen)
+        means = mean_of_steps(run, epoch, seen)
         top1, top5 = evaluate(net, data.test, args)
         top5 = {"test_top5": top5} if len(data.classes) > TOP5_CLASSES else {}
-        metrics.append({
-            "epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy,
-            "test_accuracy": top1, **top5,
-            **resources(args, optimizer, steps * args.batch_size, start)})
+        metrics.append({"epoch": epoch + 1, **means, "test_accuracy": top1, **top5,
+                        **resources(args, optimizer, steps * args.batch_size, start)})
         run.save(state, metrics)
     return metrics
 
@@ -1173,34 +1165,27 @@ def search(run, data, space, target):
     net = to_device(SuperResNet(space.to(args.device), args.align), args)
     halves = split_halves(data.train.labels, args.seed)
     steps = len(halves[1]) // args.batch_size  # an epoch
-    total = args.epochs * steps
-    sizes = [net.alpha, net.beta]
     weights = [p for p in net.parameters() if p is not net.alpha and p is not net.beta]
     optimizer = sgd(weights, args)
-    arch_optimizer = torch.optim.Adam(sizes, args.arch_lr, betas=ARCH_BETAS, fused=True,
-                                      weight_decay=ARCH_WEIGHT_DECAY)
+    arch_optimizer = torch.optim.Adam([net.alpha, net.beta], args.arch_lr, betas=ARCH_BETAS,
+                                      weight_decay=ARCH_WEIGHT_DECAY, fused=True)
     tau = torch.zeros((), device=args.device)  # a tensor, so that all steps are one graph
     state = {"net": net, "optimizer": optimizer, "arch_optimizer": arch_optimizer}
     metrics = run.resume(state)
 
     for epoch in range(len(metrics), args.epochs):
-        start, weight_seen, arch_seen = time.perf_counter(), [], []
+        start, seen = time.perf_counter(), []
         temperature = gumbel_temperature(epoch, args.epochs, args.tau_start, args.tau_end)
         tau.fill_(temperature)
-        net.train()
         batches = [shuffled_batches(data.train, half, args) for half in halves]
-        for i, (batch, arch_batch) in run.steps(epoch, steps, zip(*batches), arch_seen):
-            set_learning_rate(optimizer, i, total, 0, args.lr)
-            weight_seen.append(take_step(args, net, optimizer, search_loss, tau, *batch))
-            arch_seen.append(take_step(args, net, arch_optimizer, architecture_loss, tau, target,
-                                       *arch_batch))
-        # These first: a loss that is not finite here spoils the weights from the next step on.
-        val_loss, val_accuracy = mean_of_steps(run, epoch, arch_seen)
-        train_loss, train_accuracy = mean_of_steps(run, epoch, weight_seen)
-        metrics.append({
-            "epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy,
-            "val_loss": val_loss, "val_accuracy": val_accuracy, "tau": temperature,
-            **measure_sizes(net), **resources(args, optimizer, 2 * steps * args.batch_size, start)})
+        for i, (batch, arch_batch) in run.steps(epoch, steps, zip(*batches), seen):
+            set_learning_rate(optimizer, i, args.epochs * steps, 0, args.lr)
+            seen.append(torch.cat([
+                take_step(args, net, optimizer, search_loss, tau, *batch),
+                take_step(args, net, arch_optimizer, architecture_loss, tau, target, *arch_batch)]))
+        means = mean_of_steps(run, epoch, seen)
+        metrics.append({"epoch": epoch + 1, **means, "tau": temperature, **measure_sizes(net),
+                        **resources(args, optimizer, 2 * steps * args.batch_size, start)})
         run.save(state, metrics)
     return extract(space, net.alpha, net.beta, target, args.tolerance), metrics
 
@@ -1208,18 +1193,18 @@ def search(run, data, space, target):
 def measure_sizes(net):
     """MACs, and how decided alpha and beta are: top minus second probability, a mean over the sizes
     that have a choice."""
-    def discrepancy(probabilities, rows):
-        choice = torch.tensor([len(row) > 1 for row in rows], device=probabilities.device)
-        if not choice.any():
+    def discrepancy(probabilities, present):
+        rows = probabilities.double()[present.sum(1) > 1]  # [sizes, candidates]
+        if len(rows) == 0:
             return 0.0
-        first, second = probabilities.double()[choice].topk(2).values.T
+        first, second = rows.topk(2).values.T
         return float((first - second).mean())
 
     p, q = net.probabilities()
     return {"expected_macs": float(expected_macs(net.space, p, q)),
             "argmax_macs": float(argmax_macs(net.space, p, q)),
-            "width_discrepancy": discrepancy(p, net.space.widths),
-            "depth_discrepancy": discrepancy(q, net.space.depths)}
+            "width_discrepancy": discrepancy(p, net.space.has_width),
+            "depth_discrepancy": discrepancy(q, net.space.has_depth)}
 
 # ---- Runs ---------------------------------------------------------------------------------------
 
@@ -1228,18 +1213,16 @@ def is_first():
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 def wait_for_all():
-    """Until every process is here."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 def write_file(path, content):
-    """Write bytes under a temporary name, flush and rename: the old file or the new, never half.
-    The first process alone does."""
-    path, temporary = Path(path), Path(f"{path}.{os.getpid()}-{time.monotonic_ns()}.tmp")
+    """Write bytes, in the first process alone: the file is the old or the new one, never half."""
     if not is_first():
         return
+    temporary = Path(f"{path}.{os.getpid()}-{time.monotonic_ns()}.tmp")
     with errors_as(f"cannot write {path}: {{}}; free space or choose another --out", OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "xb") as file:  # a new file, never one that a link leads to
                 file.write(content)
@@ -1256,15 +1239,10 @@ def require_file(path):
 
 def read_json(path):
     """The object in a JSON file; TASError when it is none or larger than 1 MB."""
-    with errors_as(f"cannot read {path} ({{}}); it must hold one JSON object, of at most 1 MB",
-                   (OSError, ValueError, RecursionError)):
+    with errors_as(f"cannot read {path} ({{}}); it must hold one JSON object, of at most 1 MB"):
         require_file(path)
-        if os.path.getsize(path) > 1_000_000:
-            raise ValueError("larger than 1 MB")
-        value = json.loads(Path(path).read_text())
-        if not isinstance(value, dict):
-            raise ValueError(f"a {type(value).__name__}")
-        return value
+        require(os.path.getsize(path) <= 1_000_000, f"{path} has more than 1 MB; give another file")
+        return {**json.loads(Path(path).read_text())}  # a TypeError of what is no object
 
 def save_tensors(path, state):
     """torch.save, whole or not at all."""
@@ -1274,8 +1252,7 @@ def save_tensors(path, state):
 
 def load_tensors(path):
     """A dict saved by torch.save, on the CPU; nothing in the file is executed."""
-    with errors_as(f"{path} is missing, damaged or of another program ({{}}); delete it or use "
-                   "another"):
+    with errors_as(f"{path} is missing, damaged or foreign ({{}}); delete it or use another"):
         require_file(path)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not compare checksums
@@ -1296,8 +1273,7 @@ def require_new(path):
             f"{path} exists and is no run directory; choose another --out")
 
 def lock_directory(path):
-    """An open file whose lock the operating system drops with the process; TASError when another
-    one holds it."""
+    """An open file, locked until this process ends; TASError while another one has locked it."""
     import fcntl
     with errors_as(f"cannot write {path}: {{}}; choose another --out", OSError):
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # never a file that a link leads to
@@ -1328,7 +1304,7 @@ class Run:
             "precision": native_precision(args)}
         if (self.path / "run.json").exists():
             self.info = read_json(self.path / "run.json")
-            self.compare("run.json", self.info.get("settings"))
+            self.compare(self.info.get("settings"))
             resumable = (self.path / "last.ckpt").exists() or "result" not in self.info
             require((self.result or resumable) and self.info.get("precision") in ("fp32", "bf16"),
                     f"{self.path / 'run.json'} is damaged; choose another --out")
@@ -1347,20 +1323,19 @@ class Run:
         sound = isinstance(result, dict) and type(result.get(key)) in (int, float)
         return result if sound and 0 <= result[key] < 1e18 else None
 
-    def compare(self, name, old):
-        """TASError where a file of the run has other settings."""
-        require(isinstance(old, dict), f"{self.path / name} has no settings; choose another --out")
-        odd = []
-        for key in sorted({*old, *self.settings}):
+    def compare(self, old):
+        """TASError unless the settings in run.json, `old`, are those of this command."""
+        path, odd = self.path / "run.json", []
+        require(isinstance(old, dict), f"{path} has no settings; choose another --out")
+        for key in old | self.settings:
             before, now = (d.get(key, "not recorded") for d in (old, self.settings))
             if before != now:
                 odd.append(f"{key} was {str(before)[:60]}, now {str(now)[:60]}")
         kept = "; prune keeps its teacher with --teacher DIR" if "target" in old else ""
-        require(not odd, f"{self.path / name} has other settings ({'; '.join(odd)}); choose "
-                f"another --out, or the old settings{kept}")
+        require(not odd, f"{path} has other settings ({'; '.join(odd)}); choose another --out, or "
+                f"the old settings{kept}")
 
     def update(self, **entries):
-        """Add entries to run.json."""
         self.info |= entries
         write_file(self.path / "run.json", json.dumps(self.info, indent=1).encode() + b"\n")
 
@@ -1373,39 +1348,40 @@ class Run:
         if not path.exists():
             return []
         state = load_tensors(path)
-        with errors_as(f"{path} does not fit this network; delete it to start anew, or choose "
-                       "another --out"):
-            self.compare("last.ckpt", state.get("settings"))
+        odd = (f"{path} has other settings or does not fit this network; delete it to start anew, "
+               "or choose another --out")
+        with errors_as(odd):
+            require(state["settings"] == self.settings and state["metrics"], odd)
             shown = "argmax_macs" if "target" in self.settings else "test_accuracy"
-            for i, line in enumerate(state["metrics"] or [{}], 1):  # a checkpoint has one at least
-                if line["epoch"] != i or not math.isfinite(line[shown] + sum(line.values())):
-                    raise ValueError("odd metrics")
+            for i, line in enumerate(state["metrics"], 1):
+                require(line["epoch"] == i and math.isfinite(line[shown] + sum(line.values())), odd)
             for name, part in parts.items():
-                if isinstance(part, torch.optim.Optimizer):  # all but the buffers are settings
-                    state["parts"][name]["param_groups"] = part.state_dict()["param_groups"]
-                require_same_form(part, state["parts"][name])
-            for name, part in parts.items():
-                part.load_state_dict(state["parts"][name])
+                saved = state["parts"][name]
+                if isinstance(part, nn.Module):
+                    require_same_form(part.state_dict(), saved)
+                else:  # all but the buffers are settings
+                    require_same_buffers(part, saved["state"])
+                    saved = part.state_dict() | {"state": saved["state"]}
+                part.load_state_dict(saved)
             torch.set_rng_state(state["rng"])
             if len(state["cuda_rng"]) and self.args.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"])
-            return [dict(line) for line in state["metrics"]]
+            return json.loads(json.dumps(state["metrics"]))  # of numbers, and so of no tensors
 
     def steps(self, epoch, count, batches, seen):
         """Pairs (number of the step in the whole run, batch) of an epoch of `count` steps; shows
         them as a bar on a terminal, with what the last one put into `seen`."""
         from tqdm import tqdm
-        disable = self.args.quiet or not is_first() or None  # None: without a terminal
-        self.bar = self.bar or tqdm(total=count * self.args.epochs, initial=count * epoch,
-                                    unit="step", dynamic_ncols=True, disable=disable)
+        self.bar = self.bar or tqdm(
+            total=count * self.args.epochs, initial=count * epoch, unit="step", dynamic_ncols=True,
+            disable=self.args.quiet or not is_first() or None)  # None: without a terminal
         self.bar.set_description(
             printable(f"{self.path.name}, epoch {epoch + 1} of {self.args.epochs}"))
-        for i, batch in zip(range(count * epoch, count * (epoch + 1)), batches):
-            require(self.args.world == 1 or os.getppid() == self.launcher,
-                    "the launcher of this process is gone")
+        for i, batch in enumerate(batches, count * epoch):
+            require(self.args.world == 1 or os.getppid() == self.launcher, "the launcher is gone")
             yield i, batch
             if not self.bar.disable and len(seen) % BAR_STEPS == 1:
-                loss, accuracy = seen[-1].tolist()  # waits for the device
+                *_, loss, accuracy = seen[-1].tolist()  # waits for the device
                 self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f}%{self.last}")
             self.bar.update()
 
@@ -1444,22 +1420,20 @@ class Run:
             "seconds": round(sum(line["seconds"] for line in metrics), 1)})
         wait_for_all()  # the next step of `prune` reads these files
 
-def require_same_form(part, saved):
-    """ValueError unless the saved state of a network or an optimiser has the shapes, dtypes and
-    strides of this one; the fused optimisers do not look before they write."""
-    pairs = []
-    if isinstance(part, nn.Module):
-        pairs = [(tensor, saved[name]) for name, tensor in part.state_dict().items()]
-    else:
-        adam = isinstance(part, torch.optim.Adam)
-        names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
-        for i, parameter in enumerate(part.param_groups[0]["params"]):
-            for name in names:
-                value = saved["state"][i][name]
-                pairs.append((torch.tensor(0.0) if name == "step" else parameter, value))
-    for a, b in pairs:
+def require_same_form(own, saved):
+    """ValueError unless the saved tensors have the shapes, dtypes and strides of these."""
+    for name, a in own.items():
+        b = saved[name]
         if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
-            raise ValueError(f"{tuple(b.shape)} {b.dtype} for {tuple(a.shape)} {a.dtype}")
+            raise ValueError
+
+def require_same_buffers(optimizer, saved):
+    """The same of an optimiser's buffers; the fused ones do not look before they write."""
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        own = {"momentum_buffer": parameter}
+        if isinstance(optimizer, torch.optim.Adam):
+            own = {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
+        require_same_form(own, saved[i])
 
 def machine(device):
     """Name of the GPU, or of the processor and its number of threads."""
@@ -1491,9 +1465,8 @@ def load(path, trained=False):
     """The network, in eval mode, of a run directory of `train` with its weights or, unless it must
     be `trained`, a new one of a shape file."""
     weights, trained = Path(path, "weights.pt"), trained or os.path.isdir(path)
-    require(weights.exists() or not trained,
-            f"{path} has no weights.pt; give the directory of a finished train, or make one with "
-            "tools/weights.py")
+    require(weights.exists() or not trained, f"{path} has no weights.pt; give the directory of a "
+            "finished train, or make one with tools/weights.py")
     net = ResNet(Shape.load(path)).eval()
     if trained:
         with errors_as(f"{weights} does not fit the shape.json beside it"):
