@@ -1180,9 +1180,10 @@ def search(run, data, space, target):
         batches = [shuffled_batches(data.train, half, args) for half in halves]
         for i, (batch, arch_batch) in run.steps(epoch, steps, zip(*batches), seen):
             set_learning_rate(optimizer, i, args.epochs * steps, 0, args.lr)
-            seen.append(torch.cat([
-                take_step(args, net, optimizer, search_loss, tau, *batch),
-                take_step(args, net, arch_optimizer, architecture_loss, tau, target, *arch_batch)]))
+            weights_seen = take_step(args, net, optimizer, search_loss, tau, *batch)
+            sizes_seen = take_step(args, net, arch_optimizer, architecture_loss, tau, target,
+                                   *arch_batch)
+            seen.append(torch.cat([weights_seen, sizes_seen]))  # [4]
         means = mean_of_steps(run, epoch, seen)
         metrics.append({"epoch": epoch + 1, **means, "tau": temperature, **measure_sizes(net),
                         **resources(args, optimizer, 2 * steps * args.batch_size, start)})
