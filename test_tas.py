@@ -2529,6 +2529,10 @@ def test_a_search_under_another_cost(root, tmp_path, capfd):
         info = tas.read_json(tmp_path / name / "run.json")
         assert info["settings"]["unit"] == "mJ" and info["result"]["cost"] == pytest.approx(found)
         assert 0 < read_metrics(tmp_path / name)[-1]["argmax_macs"] < 2 * full
+    assert run(f"train {CHEAP} --data-dir {{root}}/data --shape {{tmp}}/unit --epochs 1 "
+               "--out {tmp}/trained", root=root, tmp=tmp_path) == 0
+    trained = read_result(tmp_path / "trained")
+    assert trained["cost"] == info["result"]["cost"] and trained["search"] == info["settings"]
     write_costs(tmp_path / "cost.json", space, 2)
     check_refused(capfd, root, f"{line}share --budget 0.7", "cost was", tmp=tmp_path)
     for flags, word in (("--budget 0.7 --method uniform", "uniform"),

@@ -1028,7 +1028,8 @@ def test_the_layers_are_those_of_the_network(arch):
     """One after the other they do what the network does, at any sizes."""
     torch.manual_seed(0)
     space = tas.Space(arch, 7, 20)
-    shape = tas.draw_shape(space, tas.count_macs(space.full) / 2)
+    shape = space.shape(*[[int(torch.randint(len(row), ())) for row in rows]
+                          for rows in (space.widths, space.depths)])
     whole = tas.ResNet(shape).eval()
     parts = [whole.conv1, *[m for layer in whole.layers for block in layer for m in
                             (*[getattr(block, f"conv{i + 1}") for i in range(block.num_convs)],
