@@ -48,7 +48,8 @@ DENSE_DEPTHS = 3                # stages of at most 3 blocks: any depth; else od
 WIDEST = 8                      # a Shape has at most so many times the unpruned channels (ours)
 FLOPS = "0.5"                   # target, fraction of the unpruned MACs (ours; the paper's vary)
 TOLERANCE = 0.05                # half-width of the band, fraction of the target (paper)
-REFINEMENTS = 1, 8, 64, 512     # of the cells of `extract` (ours; the first nearly always serves)
+REFINEMENTS = 1, 8, 64, 512     # tries of `extract`: cells so many times smaller (ours; the
+                                # first nearly always serves)
 MOST_CELLS = 100_000_000        # of a refined `extract` (ours; bounds time and memory)
 # The search.
 COST_WEIGHT = 2.0               # of the cost loss beside cross-entropy (paper)
@@ -235,15 +236,15 @@ class Shape:
         write_file(path, json.dumps(dataclasses.asdict(self)).encode() + b"\n")
 
 class Layer(NamedTuple):
-    """A layer that costs. c_in and c_out are places in one list, those past the convs counted from
-    its end: channels of the convs in order, then those at the exits of the stages, then 1."""
+    """A layer that costs. c_in and c_out are places in the list [*channels of all convs, *channels
+    at the exits of the stages, 1], from -1 back where they are no convs."""
 
-    c_in: int
-    c_out: int
+    c_in: int   # -1, one channel, of the stem: its colours are in `area`
+    c_out: int  # -1, one channel, of the classifier
     stage: int  # the layer is there when this stage ...
     block: int  # ... keeps more blocks than this
     area: int   # MACs for each pair of an input and an output channel
-    always: bool = True  # else between unequal channels only: a shortcut that may be the identity
+    always: bool = True  # False of a shortcut that is the identity between as many channels
 
     def macs(self, c_in, c_out):
         """MACs between so many channels, numbers or tensors."""
@@ -252,10 +253,10 @@ class Layer(NamedTuple):
 def network_layers(shape):
     """All Layers in order: the stem, the convs and the shortcut of each block, the classifier."""
     arch = ARCHS[shape.arch]
-    kernel, stride = (3, 1) if arch.small else (7, 2)
-    size = math.ceil(shape.image_size / stride)  # rounded up, as padding does
-    layers = [Layer(-1, 0, 0, 0, 3 * (kernel * size) ** 2)]  # 3 colours, as one
-    size = math.ceil(size / stride)  # max pooling
+    stem_kernel, stem_stride = (3, 1) if arch.small else (7, 2)
+    size = math.ceil(shape.image_size / stem_stride)  # rounded up, as padding does
+    layers = [Layer(-1, 0, 0, 0, 3 * (stem_kernel * size) ** 2)]
+    size = math.ceil(size / stem_stride)  # max pooling
     source = last = 0  # the input of the next conv; the last conv
     for s, blocks in enumerate(shape.stages):
         for b in range(len(blocks)):
@@ -265,7 +266,7 @@ def network_layers(shape):
                 last += 1
                 layers.append(Layer(source, last, s, b, (kernel * size) ** 2))
                 source = last
-            layers.append(Layer(block_source, last, s, b, size ** 2, 2 in strides))
+            layers.append(Layer(block_source, last, s, b, size ** 2, always=2 in strides))
         source = s - len(shape.stages) - 1  # the exit of the stage
     return [*layers, Layer(source, -1, s, 0, shape.num_classes)]
 
@@ -324,8 +325,9 @@ class Space:
         self.width_table, self.has_width = widths, widths > 0
         self.depth_table, self.has_depth = depths, depths > 0
         blocks = torch.tensor([len(blocks) for blocks in self.full.stages])[:, None]  # [stages, 1]
-        self.last_conv = (blocks.cumsum(0) - blocks + depths) * self.block_convs  # [stages, D]
-        exits = widths[self.last_conv[:, 0]]  # [stages, K], alike for all depths
+        before = blocks.cumsum(0) - blocks  # blocks of earlier stages
+        self.last_conv = (before + depths) * self.block_convs  # [stages, D]; the stem is conv 0
+        exits = widths[self.last_conv[:, 0]]  # [stages, K], alike for all blocks of a stage
         self.one_channel = torch.eye(1, self.num_widths).double()  # [1, K]; and its probability
         channels = torch.cat([widths.double(), exits, self.one_channel])  # the list of Layer
         layers = network_layers(self.full)
@@ -362,6 +364,7 @@ class Space:
         depths = [len(blocks) for blocks in shape.stages]
         p = self.width_table.cpu() == torch.tensor(widths)[:, None]  # one-hot
         q = self.depth_table.cpu() == torch.tensor(depths)[:, None]
+        require(p.any(1).all() and q.any(1).all(), f"{shape} is not of this space")
         return float(expected_macs(self, p, q))
 
     def to(self, device):
@@ -708,7 +711,7 @@ def best_shape(space, graph, best, cell, m):
         for edge in graph[node]:
             before = m - round(edge.cost / cell)
             if before >= 0 and best[edge.source][before] + edge.score == best[node][m]:
-                break
+                break  # the same sum as in best_scores, so that one is equal
         if edge.widths:
             stages[node[0]].insert(0, edge.widths)
         node, m = edge.source, before
@@ -720,14 +723,15 @@ def extract(space, alpha, beta, target, tolerance=TOLERANCE):
     one in that band such that no Shape in target (1 -+ tolerance/2) is more probable.
     alpha [convs, K], beta [stages, D]: logits, of which the convs of dropped blocks count with
     their most probable widths (so the argmax one is the most probable of all). TASError with the
-    smallest and largest possible MACs when no Shape is in the band.
+    smallest and largest possible MACs when no Shape is found in the band.
 
     Of the best ways of each number of cells near the band, the most probable one whose exact MACs
     are in the band is taken. All roundings of a way together stay below a quarter of the band's
     half-width: so what is in its inner half cannot be missed. Smaller cells serve small spaces."""
     log_p, log_q = log_scores(alpha, space.has_width), log_scores(beta, space.has_depth)
-    if in_band(float(argmax_macs(space, log_p, log_q)), target, tolerance):
-        return space.shape(log_p.argmax(1), log_q.argmax(1))
+    shape = space.shape(log_p.argmax(1), log_q.argmax(1))
+    if in_band(space.cost_of(shape), target, tolerance):
+        return shape
     graph = size_graph(space, log_p, log_q)
     links = 2 + sum(map(len, space.full.stages))  # that cost MACs
     for refinement in REFINEMENTS:
@@ -1045,7 +1049,8 @@ def training_loss(args, net, teacher, x, y):
     return loss, loss, logits
 
 def search_loss(args, net, tau, x, y):
-    """As training_loss, of a SuperResNet under a new sample of sizes and without a teacher."""
+    """As training_loss, of a SuperResNet without a teacher, under a new sample of sizes: one for
+    all processes, whose random states are alike."""
     sample = sample_sizes(net.alpha, net.beta, tau, args.num_samples, args.sampler == "gumbel")
     with autocast(args):
         logits = net(x, sample).float()
@@ -1116,7 +1121,8 @@ def evaluate(net, split, args):
 
 def pad_channels(net):
     """Widen every layer of `net` to multiples of CHANNEL_MULTIPLE with zeros, which processors like
-    and training keeps: the function is unchanged; `inherit_weights` takes the channels back out."""
+    and training keeps (all their gradients are 0): the function is unchanged. `inherit_weights`
+    takes the channels back out."""
     for name, tensor in net.state_dict(keep_vars=True).items():
         size = [math.ceil(n / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE for n in tensor.shape[:2]]
         if name == "conv1.weight":
@@ -1562,12 +1568,14 @@ def summary(shape):
     return (f"{macs / 1e6:.2f}M MACs ({macs / full:.1%} of the unpruned), "
             f"{count_params(shape) / 1e6:.3f}M parameters")
 
-def print_result(args, text, following):
+def print_result(args, text, program, *words):
     """Print what a command made and, unless more of `prune` follows, the next command."""
     say(text)
+    if program.startswith("tas.py"):
+        words = ("--data", args.data, "--data-dir", args.data_dir, "--image-size", args.image_size,
+                 *words)
     if not args.later:
-        data = f"--data {args.data} --data-dir {args.data_dir} --image-size {args.image_size}"
-        say(f"next: python {following.replace('DATA', data)}")
+        say(f"next: python {program} {shlex.join(map(str, words))}")
 
 def require_classes(path, net, data):
     """TASError unless the data has the classes that the network of a directory was trained on."""
@@ -1637,10 +1645,11 @@ def command_train(args):
                    top5=metrics[-1].get("test_top5"), classes=data.classes,
                    search=settings or None, cost=result.get("cost"), teacher_accuracy=above,
                    weights=checksum(plain))
+    following = ["tools/export.py", run.path]
+    if shape == full:
+        following = ["tas.py search", "--arch", args.arch, "--flops", FLOPS]
     print_result(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
-                 f"{args.data}, {summary(shape)}",
-                 f"tas.py search DATA --arch {args.arch} --flops {FLOPS}" if shape == full else
-                 f"tools/export.py {run.path}")
+                 f"{args.data}, {summary(shape)}", *following)
 
 def plan_search(args):
     """All that can go wrong before a search. Returns its Data, Space and target, and a Shape in the
@@ -1674,9 +1683,9 @@ def command_search(args):
     shape = Shape.load(run.path)
     met = f"{space.show(space.cost_of(shape))}, " if args.cost else ""
     file, teacher = run.path / "shape.json", run.path.parent / "teacher"
+    teacher = teacher if teacher.exists() else "DIR"
     print_result(args, f"{file}: {summary(shape)}; {met}target {space.show(target)}",
-                 f"tas.py train DATA --shape {file} "
-                 f"--teacher {teacher if teacher.exists() else 'DIR'}")
+                 "tas.py train", "--shape", file, "--teacher", teacher)
 
 def command_prune(args):
     """Train the teacher, search the sizes, distil the pruned network; finished parts are kept."""
@@ -1720,7 +1729,7 @@ def command_eval(args):
     accuracy, top5 = evaluate(to_device(pad_channels(net), args), data.test, args)
     top5 = f" (top-5 {top5:.2f}%)" if len(data.classes) > TOP5_CLASSES else ""
     print_result(args, f"{args.dir}: accuracy {accuracy:.2f}%{top5} on {len(data.test.labels):,} "
-                 f"images, {summary(net.shape)}", f"tools/export.py {args.dir}")
+                 f"images, {summary(net.shape)}", "tools/export.py", args.dir)
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, as all others."""
@@ -1736,6 +1745,15 @@ def number(kind, low, high):
                 return kind(text)
         raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low} to {high}")
     return parse
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the defaults, but for those that depend on other options."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=36)
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 def build_parser():
     """The command line."""
@@ -1790,8 +1808,7 @@ def build_parser():
         command = commands.add_parser(
             function.__name__.removeprefix("command_"), parents=parents, help=function.__doc__,
             description=function.__doc__, usage="%(prog)s [options]", allow_abbrev=False,
-            formatter_class=functools.partial(
-                argparse.ArgumentDefaultsHelpFormatter, max_help_position=36))
+            formatter_class=Help)
         command.set_defaults(function=function, later=0, arch=None, epochs=None,
                              weight_decay=None)
         return command.add_argument

@@ -1614,6 +1614,14 @@ def test_logits_of_another_space_are_an_error():
         with pytest.raises(tas.TASError, match="expected logits"):
             tas.extract(space, *logits, 2e7)
 
+def test_shapes_of_another_space_are_an_error():
+    space = tas.Space("resnet20", search="width")
+    full = space.full
+    for shape in (dataclasses.replace(full, stem=15), dataclasses.replace(
+            full, stages=[*full.stages[:2], full.stages[2][:1]])):
+        with pytest.raises(tas.TASError, match="not of this space"):
+            space.cost_of(shape)
+
 def test_extract_of_nan_is_an_error():
     space = tas.Space("resnet20")
     for which in (0, 1):
@@ -2666,6 +2674,16 @@ def test_what_is_recorded_and_printed_of_odd_names(root, tmp_path, capfd):
     line = tas.read_json(tmp_path / name / "run.json")["command"]
     assert shlex.split(line) == ["python", "tas.py", *words]
 
+def test_the_next_command_can_be_typed(root, tmp_path, capfd):
+    """Whatever the directories are called."""
+    out = f"{tmp_path}/DATA of 'mine'"
+    words = SEARCH.format(root=root).split() + ["--epochs", "1", "--method", "random", "--out", out]
+    assert tas.main(words) == 0
+    program, *words = shlex.split(capfd.readouterr().out.splitlines()[-1].split("python ", 1)[1])
+    args = tas.build_parser().parse_args(words)
+    assert program == "tas.py" and args.shape == f"{out}/shape.json"
+    assert (args.data, args.data_dir, args.image_size) == ("folder", f"{root}/data", 8)
+
 def test_a_reader_that_has_seen_enough(root, tmp_path):
     read, write = os.pipe()
     os.close(read)
@@ -2681,6 +2699,7 @@ def test_help_fits_one_screen(capsys, monkeypatch, command):
     out = capsys.readouterr().out
     assert stop.value.code == 0
     assert 10 < out.count("\n") <= 50 and out.startswith(f"usage: tas.py {command}".strip())
+    assert "None" not in out and ("(default: 256)" in out or not command)
 
 def test_import_is_light():
     names = "matplotlib", "torchvision", "tqdm"
