@@ -70,7 +70,9 @@ test() {  # those of tas.py and those of the tools side by side, on a core each
     trap "kill $! 2>/dev/null || true" EXIT
     python -m pytest -q test_tas.py || status=$?
     wait $! || status=$?
+    trap - EXIT
     cat "$log"
+    rm "$log"
     return "$status"
 }
 
@@ -78,12 +80,12 @@ test() {  # those of tas.py and those of the tools side by side, on a core each
 
 small=(--data "${DATA:-folder}" --data-dir "${DATA_DIR:-data/cifar10}" ${BATCH:+--batch-size "$BATCH"})
 
-searching=(tas.py)
+searching=(tas.py) arch=resnet20
 
 row() {  # row STUDY NAME SEED TRANSFER EPOCHS TARGET [search flags]: find a shape, train it
     local dir=$1/$2-$3 seed=$3 transfer=$4 epochs=$5 target=$6
     shift 6
-    run "${searching[@]}" search "${small[@]}" --arch "${arch:-resnet20}" --flops "$target" \
+    run "${searching[@]}" search "${small[@]}" --arch "$arch" --flops "$target" \
         --seed "$seed" --epochs "${EPOCHS:-12}" --out "$dir/search" "$@"
     run tas.py train "${small[@]}" --shape "$dir/search/shape.json" --teacher "$teacher" \
         --transfer "$transfer" --epochs "${EPOCHS:-$epochs}" --seed "$seed" --out "$dir/$transfer"

@@ -347,7 +347,7 @@ class Space:
             require(found.get(name) == value, f"{path} has costs of {name} "
                     f"{str(found.get(name))[:60]}, not of {str(value)[:60]}; measure them")
         with errors_as(f"{path} has no unit or no table of costs from 0 on for every layer ({{}})"):
-            cost, unit = torch.tensor(found["cost"], dtype=torch.float64), f"{found['unit']:.20}"
+            cost, unit = torch.tensor(found["cost"], dtype=torch.float64), found["unit"][:20]
             sound = cost.shape == self.cost.shape and cost.min() >= 0 and cost.sum() < math.inf
             if not (sound and unit):
                 raise ValueError(f"{list(cost.shape)}, not {list(self.cost.shape)}; {unit!r}")
@@ -439,7 +439,6 @@ class ResNet(nn.Module):
     def __init__(self, shape):
         super().__init__()
         self.shape, arch, c = shape, ARCHS[shape.arch], shape.stem
-        self.layers = []  # the stages, registered under torchvision's names
         self.conv1 = conv2d(3, c, 3) if arch.small else conv2d(3, c, 7, 2)
         self.maxpool = nn.Identity() if arch.small else nn.MaxPool2d(3, 2, 1)
         self.bn1 = nn.BatchNorm2d(c)
@@ -449,11 +448,15 @@ class ResNet(nn.Module):
                 layer.append(Block(arch, c, widths, arch.conv_strides(s, b)))
                 c = widths[-1]
             self.add_module(f"layer{s + 1}", layer)
-            self.layers.append(layer)
         self.fc = nn.Linear(c, shape.num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def layers(self):
+        """The stages, under torchvision's name."""
+        return [getattr(self, f"layer{s + 1}") for s in range(len(self.shape.stages))]
 
     def forward(self, x):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))  # [N, stem, H, W]; ImageNet H/4, W/4
@@ -852,7 +855,8 @@ class SmallImages:
         self.size, self.labels = images.shape[1], labels.to(device)
         self.content = zlib.crc32(images.contiguous().numpy())
         border = 0, 0, *[CROP_PADDING] * 4  # black, of the rows and columns
-        self.images = F.pad(images, border).to(device)  # [N, H + 8, W + 8, 3]
+        self.side = self.size + 2 * CROP_PADDING
+        self.pixels = F.pad(images, border).reshape(-1, 3).to(device)  # [N * side * side, 3]
 
     def batches(self, order, batch_size, train, rank=0, world=1):
         """Normalised images [B, 3, H, W] and labels [B] in the given order of indices. `train`
@@ -869,7 +873,8 @@ class SmallImages:
                 column = column.where(~flip, column.flip(1))
             index, row, column = (t[rank::world] for t in (index, row + top, column + left))
             row, column = row[:, :, None], column[:, None]  # [B, size, 1], [B, 1, size]
-            images = self.images[index[:, None, None], row, column]  # [B, size, size, 3]
+            pixel = (index[:, None, None] * self.side + row) * self.side + column  # [B, H, W]
+            images = self.pixels.index_select(0, pixel.flatten()).view(*pixel.shape, 3)
             yield normalize(images.permute(0, 3, 1, 2)), self.labels[index]
 
 def test_transform(size):
@@ -1311,7 +1316,7 @@ class Run:
             "precision": native_precision(args)}
         if (self.path / "run.json").exists():
             self.info = read_json(self.path / "run.json")
-            self.compare(self.info.get("settings"))
+            self.compare("run.json", self.info.get("settings"))
             resumable = (self.path / "last.ckpt").exists() or "result" not in self.info
             require((self.result or resumable) and self.info.get("precision") in ("fp32", "bf16"),
                     f"{self.path / 'run.json'} is damaged; choose another --out")
@@ -1330,9 +1335,9 @@ class Run:
         sound = isinstance(result, dict) and type(result.get(key)) in (int, float)
         return result if sound and 0 <= result[key] < 1e18 else None
 
-    def compare(self, old):
-        """TASError unless the settings in run.json, `old`, are those of this command."""
-        path, odd = self.path / "run.json", []
+    def compare(self, name, old):
+        """TASError unless the settings in a file of the run, `old`, are those of this command."""
+        path, odd = self.path / name, []
         require(isinstance(old, dict), f"{path} has no settings; choose another --out")
         for key in old | self.settings:
             before, now = (d.get(key, "not recorded") for d in (old, self.settings))
@@ -1355,10 +1360,10 @@ class Run:
         if not path.exists():
             return []
         state = load_tensors(path)
-        odd = (f"{path} has other settings or does not fit this network; delete it to start anew, "
-               "or choose another --out")
+        odd = f"{path} does not fit this network; delete it to start anew, or choose another --out"
         with errors_as(odd):
-            require(state["settings"] == self.settings and state["metrics"], odd)
+            self.compare("last.ckpt", state["settings"])
+            require(state["metrics"], odd)
             shown = "argmax_macs" if "target" in self.settings else "test_accuracy"
             for i, line in enumerate(state["metrics"], 1):
                 require(line["epoch"] == i and math.isfinite(line[shown] + sum(line.values())), odd)
@@ -1384,7 +1389,8 @@ class Run:
             disable=self.args.quiet or not is_first() or None)  # None: without a terminal
         self.bar.set_description(
             printable(f"{self.path.name}, epoch {epoch + 1} of {self.args.epochs}"))
-        for i, batch in enumerate(batches, count * epoch):
+        # The numbers first: no batch is made that nobody takes.
+        for i, batch in zip(range(count * epoch, count * (epoch + 1)), batches):
             require(self.args.world == 1 or os.getppid() == self.launcher, "the launcher is gone")
             yield i, batch
             if not self.bar.disable and len(seen) % BAR_STEPS == 1:
@@ -1509,6 +1515,8 @@ def setup(args):
                 torch.distributed.init_process_group("nccl", device_id=args.device)
             else:
                 torch.distributed.init_process_group("gloo")
+    if not is_first():  # one process speaks for all
+        sys.stdout = open(os.devnull, "w")
     torch.backends.cudnn.benchmark = True
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
         # It keeps freed memory: on a CPU a search step is a fifth faster.
@@ -1558,8 +1566,8 @@ def parse_target(text, space):
         if text.upper().endswith(unit.upper()):
             with contextlib.suppress(ValueError):
                 value = float(text[:len(text) - len(unit)]) * size
-    require(0 < value <= full, f"--flops {text}: give a fraction of the unpruned network such as "
-            f"0.5, or a number with {', '.join(units)}, up to {space.show(full)}")
+    require(1e-9 * full < value <= full, f"--flops {text}: give a fraction of the unpruned "
+            f"network such as 0.5, or a number with {', '.join(units)}, up to {space.show(full)}")
     return round(value) if space.unit == "MACs" else value
 
 def summary(shape):
@@ -1621,9 +1629,9 @@ def command_train(args):
     full = Shape.unpruned(args.arch, len(data.classes), args.image_size)
     given = given or full
     shape = dataclasses.replace(given, num_classes=full.num_classes, image_size=full.image_size)
+    words = "{0.arch} with num_classes {0.num_classes}, image_size {0.image_size}"
     require(shape.arch == full.arch and (args.init or shape == given),
-            f"{path} is {given.arch} with num_classes {given.num_classes}, image_size "
-            f"{given.image_size}; choose a {full.arch} with {full.num_classes}, {full.image_size}")
+            f"{path} is {words.format(given)}; choose a {words.format(full)}")
     teacher = load_teacher(args, shape, data) if args.teacher else None
     run = Run(args, data, "teacher" if shape == full else "pruned", TRAIN_SETTINGS,
               shape=dataclasses.asdict(shape), teacher=checksum(teacher), init=checksum(start))
@@ -1801,7 +1809,8 @@ def build_parser():
     add("--sampler", choices=("gumbel", "softmax"), default="gumbel")
     add("--align", choices=("cwi", "pad"), default="cwi", help="unequal widths: interpolate or pad")
 
-    parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).")
+    parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).",
+                    allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add_command(function, *parents):
@@ -1828,8 +1837,7 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 def say(text):
-    if is_first():  # one process speaks for all
-        print(printable(text), flush=True)
+    print(printable(text), flush=True)
 
 def warn(text):
     if is_first():

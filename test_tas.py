@@ -398,6 +398,12 @@ def test_full_shapes_are_torchvision_s_networks(arch, params):
     with torch.no_grad():
         assert close(ours(x), theirs(x), 1e-10)
 
+def test_a_stage_that_is_replaced_is_used():
+    net, x = tas.ResNet(tas.Shape.unpruned("resnet20", 10)).eval(), torch.randn(2, 3, 32, 32)
+    net.layer3 = torch.nn.Sequential(net.layer3[0])
+    assert close(net(x), net.fc(net.layer3(net.layer2(net.layer1(
+        net.bn1(net.conv1(x)).relu()))).mean((2, 3))))
+
 @pytest.mark.parametrize("size", [8, 9])
 def test_cifar_shortcut_is_average_pooling_and_a_projection(size):
     torch.manual_seed(0)
@@ -963,7 +969,8 @@ def test_other_kinds_of_images_are_converted(tmp_path, mode):
     for split, part in ((data.train, "train"), (data.test, "val")):
         files = sorted((tmp_path / part).rglob("*.png"))
         images = np.stack([Image.open(file).convert("RGB") for file in files])
-        inner = split.images[:, 4:-4, 4:-4]  # without the border for crops
+        images = split.pixels.view(-1, split.side, split.side, 3)
+        inner = images[:, 4:-4, 4:-4]  # without the border for crops
         assert inner.numpy().tobytes() == images.tobytes() and images.std() > 0
 
 def make_photographs(root):
@@ -1904,7 +1911,7 @@ SPOILED = [
         (write("half/last.ckpt", b"hello"), "delete it"), (pipe("half/last.ckpt"), "delete it"),
         (lambda world: torch.save([1, 2], world / "half/last.ckpt"), "delete it"),
         (lambda world: shutil.copy(world / "runs/search/last.ckpt", world / "half"),
-         "other settings"),
+         "command was search, now train"),
         *[(state(lambda state, name=name: state.pop(name)), "--out")
           for name in ("parts", "metrics", "settings", "rng")],
         (state(lambda state: state["parts"]["net"].popitem()), "--out"),
@@ -2546,14 +2553,18 @@ def test_a_search_under_another_cost(root, tmp_path, capfd):
     for flags, word in (("--budget 0.7 --method uniform", "uniform"),
                         ("--budget 0.0001", "possible are"),
                         *[(f"--budget {text}", f"--flops {text}:")
-                          for text in ("2", "3kg", "3M", "mJ", "0mJ")]):
+                          for text in ("2", "3kg", "3M", "mJ", "0mJ", "1e-300")]):
         check_refused(capfd, root, f"{line}x {flags}", word, tmp=tmp_path)
 
-def test_the_halves_of_the_search_do_not_mix(tmp_path, monkeypatch):
-    """Large images, whose split was used before: the batches come from either half in turn."""
+@pytest.mark.parametrize("images, steps", [(24, 3), (23, 2)])
+def test_the_halves_of_the_search_do_not_mix(tmp_path, monkeypatch, images, steps):
+    """Large images, whose split was used before: the batches come from either half in turn. No
+    other one is made, such as the third of the larger half of 23."""
     write_images(tmp_path / "data", "abc", train=8, size=66)
+    for path in [*(tmp_path / "data/train/a").iterdir()][:24 - images]:
+        path.unlink()
     data = tas.load_data("imagenet", f"{tmp_path}/data", 66, torch.device("cpu"), 0)
-    assert len(list(data.train.batches(torch.arange(24), 4, True))) == 6
+    assert len(list(data.train.batches(torch.arange(images), 4, True))) == images // 4
     pickle.dumps(data.train)  # as for worker processes that are not forks
     seen = []
     spy(monkeypatch, tas.LargeImages, "__getitem__", lambda split, item: seen.append(item[0]))
@@ -2561,8 +2572,8 @@ def test_the_halves_of_the_search_do_not_mix(tmp_path, monkeypatch):
                "--epochs 2 --batch-size 4 --precision fp32 --workers 0 --out {tmp}/run",
                tmp=tmp_path) == 0
     halves = [set(half.tolist()) for half in tas.split_halves(data.train.labels, 0)]
-    assert len(seen) == 48
-    for start in range(0, 48, 4):
+    assert len(seen) == 16 * steps
+    for start in range(0, 16 * steps, 4):
         assert set(seen[start:start + 4]) < halves[start // 4 % 2]
 
 def test_what_does_not_change_the_result_is_no_other_setting(root, world, capsys):

@@ -71,9 +71,12 @@ def table(shape):
 
 def other_cost(network):
     """The cost of a run's network under a table of --cost, in words; "" without one."""
+    if network in tas.ARCHS:
+        return ""
     settings, result, _ = tas.read_run(network)
-    searched = result.get("search") or settings  # of a training, or of a search
-    return f", {result['cost']:.4g} {searched['unit']}" if result.get("cost") else ""
+    search = settings if settings.get("command") == "search" else result.get("search")
+    cost, unit = result.get("cost"), search.get("unit") if isinstance(search, dict) else None
+    return f", {cost:.4g} {unit}" if type(cost) in (int, float) and unit else ""
 
 def describe(args):
     """Print the table of a network, and its size in words."""

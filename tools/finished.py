@@ -67,6 +67,12 @@ def fields(path, info, shape, search, lines):
     for each in (settings, search):
         apart = (*APART, "shape") if search else APART
         same.append({name: value for name, value in each.items() if name not in apart})
+    unit, target = str(search.get("unit", MACS)), number(search["target"]) if search else None
+    if search and target <= 0:
+        raise ValueError(f"{target} is no target")
+    cost = result["macs"] if unit == MACS else result.get("cost")  # older trainings have none
+    if cost is not None or not training:
+        number(cost)
     data, epochs = settings["data"], str(settings["epochs"])
     if data == "folder":
         data = argument(info, "--data-dir") or MISSING
@@ -81,10 +87,8 @@ def fields(path, info, shape, search, lines):
         other=unusual("train", settings).removeprefix(", ") if training else "",
         same=json.dumps(same, sort_keys=True), seed=number(settings["seed"]), epochs=epochs,
         precision=str(info.get("precision", MISSING)), machine=str(info.get("machine", MISSING)),
-        unit=str(search.get("unit", MACS)),  # of the target and of the cost
-        target=number(search["target"]) if search else None,
+        unit=unit, target=target, cost=cost,
         tolerance=number(search["tolerance"]) if search else None,  # as a share of it
-        cost=number(result.get("cost") or result["macs"]),
         macs=result["macs"], full_macs=tas.count_macs(shape.full),
         params=number(result["params"]), seconds=number(result["seconds"]),
         accuracy=number(result["accuracy"]) if training else None,  # in %
@@ -123,5 +127,4 @@ def cost_cells(group):
         return "-", "-"
     if first.unit == MACS:
         return f"{first.target / 1e6:.2f}M MACs", "-"
-    return (f"{first.target:.4g} {first.unit}",
-            f"{mean([each.cost for each in group])} {first.unit}")
+    return f"{first.target:.4g} {first.unit}", mean([each.cost for each in group])

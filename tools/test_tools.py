@@ -582,7 +582,7 @@ def test_report_over_seeds(world, tmp_path, capsys):
     colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
     assert len(np.unique(colours, axis=0)) > 20
 
-def test_networks_under_another_cost_are_told_apart(world, tmp_path, capsys):
+def test_networks_under_another_cost_are_told_apart(world, tmp_path, capsys, monkeypatch):
     """A search to 8 ms that found 7.9, and what was trained of its shape, in a report and in
     `describe`; the same sizes under MACs are another method."""
     base = shutil.copytree(world / "runs", tmp_path / "timed")
@@ -594,7 +594,7 @@ def test_networks_under_another_cost_are_told_apart(world, tmp_path, capsys):
         (base / part / "run.json").write_text(json.dumps(info))
     status, (table,) = make_report(world / "runs", base, tmp_path)
     (timed,), (plain,) = cells(table, "tas, in ms"), cells(table, "tas")
-    assert status == 0 and (timed["target"], timed["reached"]) == ("8 ms", "7.90 ms")
+    assert status == 0 and (timed["target"], timed["reached"]) == ("8 ms", "7.90")
     assert plain["target"].endswith("M MACs") and plain["reached"] == "-"
     capsys.readouterr()
     for part in ("search", "pruned"):
@@ -607,6 +607,16 @@ def test_networks_under_another_cost_are_told_apart(world, tmp_path, capsys):
     assert found == pytest.approx([100 / 8 * line["argmax_macs"] for line in search.lines])
     trajectory.draw_sizes(part, search)
     assert "98.8% of the target in ms" in part.get_suptitle()
+    monkeypatch.chdir(base / "search")  # an arch is no run
+    for odd in ({}, {"search": "x"}, {"cost": "7"}):  # a training without a unit, damaged ones
+        info["result"] |= {"search": {"command": "train"}, **odd}
+        (base / "pruned/run.json").write_text(json.dumps(info))
+        for network in ("resnet20", base / "pruned"):
+            assert describe.main([str(network)]) == 0
+            assert capsys.readouterr().out.endswith("M parameters\n")
+    info["result"] |= {"search": tas.read_json("run.json")["settings"], "cost": None}  # an old one
+    (base / "pruned/run.json").write_text(json.dumps(info))
+    assert cells(make_report(base)[1][0], "tas, in ms")[0]["reached"] == "not recorded"
 
 def test_report_of_one_run_counts_it_once(world, tmp_path):
     """Below directories that overlap, under two names; without a spread."""
