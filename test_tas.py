@@ -969,8 +969,8 @@ def test_other_kinds_of_images_are_converted(tmp_path, mode):
     for split, part in ((data.train, "train"), (data.test, "val")):
         files = sorted((tmp_path / part).rglob("*.png"))
         images = np.stack([Image.open(file).convert("RGB") for file in files])
-        images = split.pixels.view(-1, split.side, split.side, 3)
-        inner = images[:, 4:-4, 4:-4]  # without the border for crops
+        bordered = split.pixels.view(-1, split.side, split.side, 3)
+        inner = bordered[:, 4:-4, 4:-4]  # without the border for crops
         assert inner.numpy().tobytes() == images.tobytes() and images.std() > 0
 
 def make_photographs(root):
