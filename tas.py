@@ -163,10 +163,12 @@ ARCHS = {
 }
 
 def check_whole(name, value, low, high):
+    """TASError unless the value is a whole number from low to high."""
     require(type(value) is int and low <= value <= high,
             f"{name} must be a whole number from {low} to {high}, not {value!r:.40}")
 
 def check_list(name, value, low, high):
+    """TASError unless the value is a list of low to high items."""
     require(isinstance(value, (list, tuple)) and low <= len(value) <= high,
             f"{name} must be a list of {low} to {high} items, not {value!r:.40}")
 
@@ -403,6 +405,7 @@ def argmax_macs(space, p, q):
 # ---- Networks -----------------------------------------------------------------------------------
 
 def conv2d(c_in, c_out, kernel, stride=1):
+    """A convolution as all networks here have them."""
     return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
 
 class Block(nn.Module):
@@ -627,6 +630,7 @@ class SuperResNet(nn.Module):
         return self.fc(x.mean((2, 3)))  # [N, classes]
 
 def initial_logits(present):
+    """Small random logits of the candidates that are present; ABSENT for others."""
     logits = ARCH_INIT * torch.randn(present.shape)  # [rows, candidates]
     return nn.Parameter(logits.masked_fill(~present.cpu(), ABSENT))
 
@@ -640,6 +644,7 @@ def cost_loss(expected, actual, target, tolerance=TOLERANCE):
     return (1 * over - 1 * under) * torch.as_tensor(expected).log()
 
 def in_band(macs, target, tolerance):
+    """Whether MACs are in target (1 -+ tolerance)."""
     return abs(macs - target) <= tolerance * target
 
 def log_scores(logits, present):
@@ -952,6 +957,7 @@ def load_cifar(name, root):
     return pairs, splits[0].classes
 
 def read_image(path):
+    """The RGB image of a file."""
     from PIL import Image
     with errors_as(f"cannot read the image {path}: {{}}; replace or remove it"):
         require_file(path)
@@ -961,6 +967,7 @@ def read_image(path):
             return image.convert("RGB")
 
 def open_folder(root):
+    """torchvision's ImageFolder of a split."""
     from torchvision.datasets import ImageFolder
     for link in root.glob("*/**/*"):
         require(not link.is_symlink() or not link.is_dir(),
@@ -1225,6 +1232,7 @@ def is_first():
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 def wait_for_all():
+    """Wait until every process is here."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -1763,11 +1771,12 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
-def build_parser():
-    """The command line."""
+def option_groups():
+    """Parsers with the options of all commands, of those that train, of knowledge transfer, and of
+    the search; each command has some of them."""
     data, training, transfer, search = (argparse.ArgumentParser(add_help=False) for _ in range(4))
 
-    add = data.add_argument  # options of all commands
+    add = data.add_argument
     add("--data", required=True, choices=("cifar10", "cifar100", "imagenet", "folder", "synthetic"))
     add("--data-dir", default="data", help="where the data is, or goes")
     add("--image-size", type=number(int, 8, 1024), help="pixels, 32 or 224; up to 64: in memory")
@@ -1808,7 +1817,11 @@ def build_parser():
     add("--num-samples", type=number(int, 1, 8), default=NUM_SAMPLES, help="candidates mixed")
     add("--sampler", choices=("gumbel", "softmax"), default="gumbel")
     add("--align", choices=("cwi", "pad"), default="cwi", help="unequal widths: interpolate or pad")
+    return data, training, transfer, search
 
+def build_parser():
+    """The command line."""
+    data, training, transfer, search = option_groups()
     parser = Parser(prog="tas.py", description="Prune ResNets by searching their size (TAS).",
                     allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -1837,9 +1850,11 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 def say(text):
+    """Print a line."""
     print(printable(text), flush=True)
 
 def warn(text):
+    """One line on stderr, of the first process."""
     if is_first():
         complain(text, "warning")
 
