@@ -27,7 +27,6 @@ import os
 import platform
 import shlex
 import signal
-import stat
 import sys
 import time
 import zipfile
@@ -58,7 +57,7 @@ TAU_START, TAU_END = 10.0, 0.1  # Gumbel temperature, linear over the epochs (pa
 SEARCH_EPOCHS = 600             # (paper)
 # alpha and beta, the logits of widths and depths: Adam.
 ARCH_LR = 1e-3                  # learning rate in a search of full length (paper)
-ARCH_STEPS = 59_000             # steps of such a search, 600 epochs of half of CIFAR (paper)
+ARCH_STEPS = 58_200             # steps of such a search, 600 epochs of half of CIFAR (paper)
 MOST_ARCH_LR = 0.05             # a shorter search has ARCH_LR * ARCH_STEPS / its steps, at most
                                 # this (ours; at 1e-3 a short search hardly leaves its start)
 ARCH_BETAS = 0.5, 0.999         # (paper)
@@ -89,7 +88,6 @@ STD = 0.229, 0.224, 0.225       # constants of its own)
 SYNTHETIC_IMAGES = 4096, 1024   # of training and test (ours)
 # Running.
 CHANNEL_MULTIPLE = 8            # widths are padded to it in training (ours; faster)
-LONGEST_MESSAGE = 500           # characters (ours)
 BAR_STEPS = 50                  # between looks at the loss, which wait for the device (ours)
 
 class TASError(ValueError):
@@ -100,20 +98,13 @@ def require(condition, message):
     if not condition:
         raise TASError(message)
 
-def is_out_of_memory(error):
-    """Whether the host or the device has no more memory, in the words of torch's libraries."""
-    words = "memory", "bad_alloc", "ALLOC_FAILED", "could not create a primitive"
-    text = str(error).replace("pin memory", "")  # a thread's name
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in text for word in words))
-
 @contextlib.contextmanager
 def errors_as(message, kind=Exception):
     """Turn errors of a kind into a TASError: `message`, with the reason in the place of {}."""
     try:
         yield
     except kind as error:
-        if isinstance(error, TASError) or is_out_of_memory(error):
+        if isinstance(error, TASError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise TASError(message.replace("{}", reason.strip().split("\n")[0][:120])) from None
@@ -224,14 +215,9 @@ class Shape:
         path = Path(path, "shape.json") if os.path.isdir(path) else Path(path)
         fields = read_json(path)
         try:
-            shape = cls(**fields)
+            return cls(**fields)
         except (TASError, TypeError) as error:  # a wrong value; a missing or unknown field
-            raise TASError(f"{path}: {str(error).replace('__init__() ', '')[:280]}") from None
-        settings, result, _ = read_run(path)
-        found = result.get("shape") or settings.get("shape")
-        require(found in (None, dataclasses.asdict(shape)), f"{path} is not the shape of the run "
-                "beside it; restore it, or move it elsewhere")
-        return shape
+            raise TASError(f"{path}: {str(error).replace('Shape.__init__() ', '')[:280]}") from None
 
     def save(self, path):
         """Write the Shape as JSON, whole or not at all."""
@@ -285,7 +271,8 @@ def count_params(shape):
         return sum(p.numel() for p in ResNet(shape).parameters())
 
 def candidate_widths(channels, round_to):
-    """Each tenth of the channels, rounded to the nearest multiple of round_to, and all of them."""
+    """Each tenth of the channels, rounded down, or to the nearest multiple of a larger round_to;
+    and all of them."""
     widths = {channels}
     for tenth in WIDTH_TENTHS:
         nearest = (channels * tenth // 10 + round_to // 2) // round_to * round_to
@@ -349,7 +336,8 @@ class Space:
             require(found.get(name) == value, f"{path} has costs of {name} "
                     f"{str(found.get(name))[:60]}, not of {str(value)[:60]}; measure them")
         with errors_as(f"{path} has no unit or no table of costs from 0 on for every layer ({{}})"):
-            cost, unit = torch.tensor(found["cost"], dtype=torch.float64), found["unit"][:20]
+            cost = torch.tensor(found["cost"], dtype=torch.float64)
+            unit = found["unit"].strip()[:20]
             sound = cost.shape == self.cost.shape and cost.min() >= 0 and cost.sum() < math.inf
             if not (sound and unit):
                 raise ValueError(f"{list(cost.shape)}, not {list(self.cost.shape)}; {unit!r}")
@@ -391,7 +379,7 @@ def expected_macs(space, p, q):
     p [convs, K], q [stages, D]: width and depth probabilities; entries past a row's candidates are
     ignored. Of one-hot p and q: that network's MACs, exactly. Stays on the device."""
     space.to(p.device)
-    p, q = p.double(), q.double() * space.has_depth
+    p, q = p.double() * space.has_width, q.double() * space.has_depth
     exits = torch.einsum("sd,sdk->sk", q, p[space.last_conv])  # [stages, K]
     sizes = torch.cat([p, exits, space.one_channel])  # the list of Layer: P(candidate)
     cost = torch.einsum("li,lik,lk->l", sizes[space.c_in], space.cost, sizes[space.c_out])
@@ -611,7 +599,8 @@ class SuperResNet(nn.Module):
     def forward(self, x, sample):
         mixed = {}  # searched conv -> its matrix, bias and largest sampled width, 0-d
         for convs, mix in zip(self.groups.values(), self.mixes):
-            mixed.update(zip(convs, zip(*mix(sample))))
+            for conv, *parts in zip(convs, *mix(sample)):
+                mixed[conv] = parts
         x, width = self.stem(x, mixed)
         x = self.maxpool(F.relu(x))  # [N, stem, H, W]; ImageNet H/4, W/4
         for stage, depths, q_hat in zip(self.stages, self.space.depths, sample.depth):
@@ -805,7 +794,8 @@ def inherit_weights(student, teacher):
     for name, tensor in student.state_dict().items():
         if name in source:
             require(all(a <= b for a, b in zip(tensor.shape, source[name].shape)),
-                    f"--transfer init: {name} is wider than the teacher's; use another --transfer")
+                    f"--transfer init: {name} is wider than the teacher's; use another --transfer "
+                    "and --out")
             tensor.copy_(source[name][tuple(map(slice, tensor.shape))])
     return student
 
@@ -822,13 +812,6 @@ TRANSFERS = {
 
 # What --data names: two splits, SmallImages or LargeImages, and the names of the classes.
 Data = NamedTuple("Data", [("train", object), ("test", object), ("classes", list)])
-
-def fingerprint(data):
-    """A checksum of classes, labels and images, which tells data sets apart."""
-    parts = [data.classes]
-    for split in (data.train, data.test):
-        parts += [split.labels.tolist(), split.content]
-    return f"{zlib.crc32(repr(parts).encode()):08x}"
 
 @functools.cache
 def mean_and_std(device):
@@ -858,7 +841,6 @@ class SmallImages:
 
     def __init__(self, images, labels, device):
         self.size, self.labels = images.shape[1], labels.to(device)
-        self.content = zlib.crc32(images.contiguous().numpy())
         border = 0, 0, *[CROP_PADDING] * 4  # black, of the rows and columns
         self.side = self.size + 2 * CROP_PADDING
         self.pixels = F.pad(images, border).reshape(-1, 3).to(device)  # [N * side * side, 3]
@@ -904,12 +886,6 @@ class LargeImages(torch.utils.data.Dataset):
         self.augment = v2.Compose([
             v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
             v2.ColorJitter(COLOUR_JITTER, COLOUR_JITTER, COLOUR_JITTER), v2.PILToTensor()])
-
-    @functools.cached_property
-    def content(self):
-        """Names and sizes of the files, which tell these images from others."""
-        files = [path for path, _ in self.folder.samples]
-        return [(os.path.relpath(path, self.folder.root), os.path.getsize(path)) for path in files]
 
     def __getitem__(self, item):
         index, seed = item
@@ -960,18 +936,12 @@ def read_image(path):
     """The RGB image of a file."""
     from PIL import Image
     with errors_as(f"cannot read the image {path}: {{}}; replace or remove it"):
-        require_file(path)
         with Image.open(path) as image:
-            if image.mode[0] in "IF":  # converting them would clip the values
-                raise ValueError(f"it has mode {image.mode}, not 8 bits per channel")
             return image.convert("RGB")
 
 def open_folder(root):
     """torchvision's ImageFolder of a split."""
     from torchvision.datasets import ImageFolder
-    for link in root.glob("*/**/*"):
-        require(not link.is_symlink() or not link.is_dir(),
-                f"{link} is a link to a folder, whose images might count twice; remove it")
     base = root.parent
     with errors_as(f"{root}: {{}}. Put the images into {base}/train/CLASS/ and {base}/val/CLASS/ "
                    f"(python tools/split.py {base} makes a test/)", OSError):  # also without images
@@ -1240,11 +1210,11 @@ def write_file(path, content):
     """Write bytes, in the first process alone: the file is the old or the new one, never half."""
     if not is_first():
         return
-    temporary = Path(f"{path}.{os.getpid()}-{time.monotonic_ns()}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     with errors_as(f"cannot write {path}: {{}}; free space or choose another --out", OSError):
         temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "xb") as file:  # a new file, never one that a link leads to
+            with open(temporary, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -1252,16 +1222,9 @@ def write_file(path, content):
         finally:
             temporary.unlink(missing_ok=True)
 
-def require_file(path):
-    """OSError unless it is a plain file: a pipe would be waited for."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("no plain file")
-
 def read_json(path):
-    """The object in a JSON file; TASError when it is none or larger than 1 MB."""
-    with errors_as(f"cannot read {path} ({{}}); it must hold one JSON object, of at most 1 MB"):
-        require_file(path)
-        require(os.path.getsize(path) <= 1_000_000, f"{path} has more than 1 MB; give another file")
+    """The object in a JSON file."""
+    with errors_as(f"cannot read {path} ({{}}); it must hold one JSON object"):
         return {**json.loads(Path(path).read_text())}  # a TypeError of what is no object
 
 def save_tensors(path, state):
@@ -1273,7 +1236,6 @@ def save_tensors(path, state):
 def load_tensors(path):
     """A dict saved by torch.save, on the CPU; nothing in the file is executed."""
     with errors_as(f"{path} is missing, damaged or foreign ({{}}); delete it or use another"):
-        require_file(path)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not compare checksums
                 raise ValueError
@@ -1288,24 +1250,9 @@ SEARCH_SETTINGS = ("arch", "search", "method", "num_samples", "sampler", "align"
 
 def require_new(path):
     """TASError unless a run may begin in this directory."""
-    stray = [p for p in path.glob("*") if p.suffix != ".tmp" and p.name != ".lock"]
+    stray = [file for file in path.glob("*") if file.suffix != ".tmp"]
     require(not stray and not path.is_file(),
             f"{path} exists and is no run directory; choose another --out")
-
-def lock_directory(path):
-    """An open file, locked until this process ends; TASError while another one has locked it."""
-    import fcntl
-    with errors_as(f"cannot write {path}: {{}}; choose another --out", OSError):
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # never a file that a link leads to
-        file = open(os.open(path / ".lock", flags, 0o666), "rb+", 0)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
-        except BlockingIOError:
-            holder = file.read(80).decode(errors="replace")
-            raise TASError(f"{path} is in use by {holder}; wait, or choose another --out") from None
-        file.truncate()
-        file.write(f"process {os.getpid()} on {platform.node()}".encode())
-    return file
 
 class Run:
     """The directory --out of a command: run.json (settings, versions, command and, when finished,
@@ -1315,7 +1262,6 @@ class Run:
     def __init__(self, args, data, step, names, **settings):
         self.path, self.args = Path(args.out or base_directory(args) / step), args
         self.settings = {name: getattr(args, name) for name in (*SETTINGS, *names)} | settings | {
-            "fingerprint": fingerprint(data),
             "images": f"{len(data.train.labels)} + {len(data.test.labels)} images, "
                       f"{len(data.classes)} classes"}
         self.info = {
@@ -1323,25 +1269,19 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "precision": native_precision(args)}
         if (self.path / "run.json").exists():
-            self.info = read_json(self.path / "run.json")
-            self.compare("run.json", self.info.get("settings"))
-            resumable = (self.path / "last.ckpt").exists() or "result" not in self.info
-            require((self.result or resumable) and self.info.get("precision") in ("fp32", "bf16"),
-                    f"{self.path / 'run.json'} is damaged; choose another --out")
+            self.info |= {"settings": None} | read_json(self.path / "run.json")
+            self.compare("run.json", self.info["settings"])
         elif is_first():
             require_new(self.path)
             self.update()
         args.precision = self.info["precision"]
-        self.bar, self.last, self.launcher = None, "", os.getppid()
+        self.bar, self.last = None, ""
         wait_for_all()  # nobody writes a result before all have looked for one
 
     @property
     def result(self):
-        """What a finished run gave, else None; a damaged one is made anew from last.ckpt."""
-        result = self.info.get("result")
-        key = "accuracy" if self.settings["command"] == "train" else "macs"
-        sound = isinstance(result, dict) and type(result.get(key)) in (int, float)
-        return result if sound and 0 <= result[key] < 1e18 else None
+        """What a finished run gave, else None."""
+        return self.info.get("result")
 
     def compare(self, name, old):
         """TASError unless the settings in a file of the run, `old`, are those of this command."""
@@ -1360,33 +1300,20 @@ class Run:
         write_file(self.path / "run.json", json.dumps(self.info, indent=1).encode() + b"\n")
 
     def resume(self, parts):
-        """Restore `parts` and the random state; returns the metrics of the finished epochs. From
-        here on no other process may write to the directory, until this Run is gone."""
+        """Restore `parts` and the random state; returns the metrics of the finished epochs."""
         path = self.path / "last.ckpt"
-        if is_first():
-            self.lock = lock_directory(self.path)
         if not path.exists():
             return []
         state = load_tensors(path)
-        odd = f"{path} does not fit this network; delete it to start anew, or choose another --out"
-        with errors_as(odd):
+        with errors_as(f"{path} does not fit this network ({{}}); delete it to start anew, or "
+                       "choose another --out"):
             self.compare("last.ckpt", state["settings"])
-            require(state["metrics"], odd)
-            shown = "argmax_macs" if "target" in self.settings else "test_accuracy"
-            for i, line in enumerate(state["metrics"], 1):
-                require(line["epoch"] == i and math.isfinite(line[shown] + sum(line.values())), odd)
             for name, part in parts.items():
-                saved = state["parts"][name]
-                if isinstance(part, nn.Module):
-                    require_same_form(part.state_dict(), saved)
-                else:  # all but the buffers are settings
-                    require_same_buffers(part, saved["state"])
-                    saved = part.state_dict() | {"state": saved["state"]}
-                part.load_state_dict(saved)
+                part.load_state_dict(state["parts"][name])
             torch.set_rng_state(state["rng"])
             if len(state["cuda_rng"]) and self.args.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"])
-            return json.loads(json.dumps(state["metrics"]))  # of numbers, and so of no tensors
+            return state["metrics"]
 
     def steps(self, epoch, count, batches, seen):
         """Pairs (number of the step in the whole run, batch) of an epoch of `count` steps; shows
@@ -1395,11 +1322,9 @@ class Run:
         self.bar = self.bar or tqdm(
             total=count * self.args.epochs, initial=count * epoch, unit="step", dynamic_ncols=True,
             disable=self.args.quiet or not is_first() or None)  # None: without a terminal
-        self.bar.set_description(
-            printable(f"{self.path.name}, epoch {epoch + 1} of {self.args.epochs}"))
+        self.bar.set_description(f"{self.path.name}, epoch {epoch + 1} of {self.args.epochs}")
         # The numbers first: no batch is made that nobody takes.
         for i, batch in zip(range(count * epoch, count * (epoch + 1)), batches):
-            require(self.args.world == 1 or os.getppid() == self.launcher, "the launcher is gone")
             yield i, batch
             if not self.bar.disable and len(seen) % BAR_STEPS == 1:
                 *_, loss, accuracy = seen[-1].tolist()  # waits for the device
@@ -1415,19 +1340,18 @@ class Run:
             "cuda_rng": torch.cuda.get_rng_state() if self.args.device.type == "cuda" else [],
             "parts": {name: part.state_dict() for name, part in parts.items()}})
         line = metrics[-1]
-        # An epoch of a later part of `prune` takes about as long.
-        minutes = line["seconds"] * (self.args.epochs - line["epoch"] + self.args.later) / 60
         if "target" in self.settings:
             share = line["argmax_macs"] / self.settings["target"]
             reached = f"{self.settings['unit']} {share:.1%} of the target"
         else:
             reached = f"test accuracy {line['test_accuracy']:.1f}%"
         self.last = (f", {reached}, lr {line['lr']:.3g}, {line['images_per_second']:.0f} images/s, "
-                     f"{line['memory_mb']:.0f} MB, {minutes:.0f} min left in all")
+                     f"{line['memory_mb']:.0f} MB")
         if self.bar.disable and not self.args.quiet:
             values = [f"{name} {value:.5g}" for name, value in line.items() if name != "epoch"]
+            minutes = line["seconds"] * (self.args.epochs - line["epoch"]) / 60
             say(f"{self.path.name} {line['epoch']}/{self.args.epochs}: {', '.join(values)}, "
-                f"{minutes:.0f} min left in all")
+                f"{minutes:.0f} min left")
 
     def finish(self, final, metrics, **result):
         """Write the final Shape and the result."""
@@ -1440,21 +1364,6 @@ class Run:
             "full_macs": count_macs(final.full),
             "seconds": round(sum(line["seconds"] for line in metrics), 1)})
         wait_for_all()  # the next step of `prune` reads these files
-
-def require_same_form(own, saved):
-    """ValueError unless the saved tensors have the shapes, dtypes and strides of these."""
-    for name, a in own.items():
-        b = saved[name]
-        if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
-            raise ValueError
-
-def require_same_buffers(optimizer, saved):
-    """The same of an optimiser's buffers; the fused ones do not look before they write."""
-    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        own = {"momentum_buffer": parameter}
-        if isinstance(optimizer, torch.optim.Adam):
-            own = {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
-        require_same_form(own, saved[i])
 
 def machine(device):
     """Name of the GPU, or of the processor and its number of threads."""
@@ -1475,36 +1384,26 @@ def native_precision(args):
     return "bf16" if native else "fp32"
 
 def read_run(path):
-    """Settings, result and precision in the run.json of a directory, or of the one that a file is
-    in; what is not there is {}, {} and None."""
+    """What the run.json says of a directory, or of the one that a file is in; {} without one."""
     file = Path(path if os.path.isdir(path) else Path(path).parent, "run.json")
-    info = read_json(file) if file.exists() else {}
-    parts = [info.get("settings"), info.get("result")]
-    return [*[part if isinstance(part, dict) else {} for part in parts], info.get("precision")]
+    return read_json(file) if file.exists() else {}
 
-def load(path, trained=False):
-    """The network, in eval mode, of a run directory of `train` with its weights or, unless it must
-    be `trained`, a new one of a shape file."""
-    weights, trained = Path(path, "weights.pt"), trained or os.path.isdir(path)
-    require(weights.exists() or not trained, f"{path} has no weights.pt; give the directory of a "
-            "finished train, or make one with tools/weights.py")
-    net = ResNet(Shape.load(path)).eval()
-    if trained:
-        with errors_as(f"{weights} does not fit the shape.json beside it"):
-            net.load_state_dict(load_tensors(weights))
-        require(read_run(path)[1].get("weights") in (None, checksum(net)), f"{weights} is not what "
-                "the run beside it trained; restore it, or move it elsewhere")
+def load(directory):
+    """The trained network, in eval mode, of a run directory of `train`."""
+    weights = Path(directory, "weights.pt")
+    require(weights.exists(), f"{directory} has no weights.pt; give the directory of a finished "
+            "train, or make one with tools/weights.py")
+    net = ResNet(Shape.load(directory)).eval()
+    with errors_as(f"{weights} does not fit the shape.json beside it"):
+        net.load_state_dict(load_tensors(weights))
     return net
 
 # ---- Commands -----------------------------------------------------------------------------------
 
 def setup(args):
     """Fill in the device and the place among the processes of torchrun; set the seed."""
-    with errors_as("RANK and WORLD_SIZE must be those of torchrun; unset them ({})"):
-        args.rank = int(os.environ.get("RANK", 0))
-        args.world = int(os.environ.get("WORLD_SIZE", 1))
-        if not 0 <= args.rank < args.world:
-            raise ValueError(f"{args.rank} of {args.world}")
+    args.rank = int(os.environ.get("RANK", 0))
+    args.world = int(os.environ.get("WORLD_SIZE", 1))
     require(args.batch_size % args.world == 0, f"--batch-size {args.batch_size} must be a multiple "
             f"of the {args.world} processes")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1518,11 +1417,10 @@ def setup(args):
         torch.zeros(1, device=args.device).double().item()  # fails where it cannot compute
     started = torch.distributed.is_torchelastic_launched() or args.world > 1
     if started and not torch.distributed.is_initialized():
-        with errors_as("no other processes ({}); start them with torchrun, or unset WORLD_SIZE"):
-            if args.device.type == "cuda":
-                torch.distributed.init_process_group("nccl", device_id=args.device)
-            else:
-                torch.distributed.init_process_group("gloo")
+        if args.device.type == "cuda":
+            torch.distributed.init_process_group("nccl", device_id=args.device)
+        else:
+            torch.distributed.init_process_group("gloo")
     if not is_first():  # one process speaks for all
         sys.stdout = open(os.devnull, "w")
     torch.backends.cudnn.benchmark = True
@@ -1590,19 +1488,19 @@ def print_result(args, text, program, *words):
     if program.startswith("tas.py"):
         words = ("--data", args.data, "--data-dir", args.data_dir, "--image-size", args.image_size,
                  *words)
-    if not args.later:
+    if not args.more:
         say(f"next: python {program} {shlex.join(map(str, words))}")
 
 def require_classes(path, net, data):
     """TASError unless the data has the classes that the network of a directory was trained on."""
-    classes = read_run(path)[1].get("classes") or data.classes
+    classes = read_run(path).get("result", {}).get("classes", data.classes)
     require(len(data.classes) == net.shape.num_classes and classes == data.classes,
             f"{path} was trained on {net.shape.num_classes} classes, {str(classes)[:100]}; "
             f"the data has {len(data.classes)}, {str(data.classes)[:100]}; choose another one")
 
 def load_teacher(args, shape, data):
     """The trained unpruned network of --teacher, which is to guide `shape`."""
-    net = load(args.teacher, trained=True)
+    net = load(args.teacher)
     require(net.shape == net.shape.full and net.shape.arch == shape.arch,
             f"--teacher {args.teacher} is {net.shape.arch} with {summary(net.shape)}; give an "
             f"unpruned network, {shape.arch}")
@@ -1630,16 +1528,19 @@ def command_train(args):
     args.transfer = args.transfer or ("kd" if args.teacher else "none")
     require(args.teacher or args.transfer == "none",
             f"--transfer {args.transfer} needs --teacher DIR, a trained unpruned network")
-    path = args.shape or args.init
-    given = Shape.load(path) if path else None
-    start = load(path, trained=True) if args.init else None
+    start, given, found = None, None, {}
+    if args.init:
+        start = load(args.init)
+        given = start.shape
+    elif args.shape:
+        given, found = Shape.load(args.shape), read_run(args.shape)
     data = open_data(args, given)
     full = Shape.unpruned(args.arch, len(data.classes), args.image_size)
     given = given or full
     shape = dataclasses.replace(given, num_classes=full.num_classes, image_size=full.image_size)
     words = "{0.arch} with num_classes {0.num_classes}, image_size {0.image_size}"
-    require(shape.arch == full.arch and (args.init or shape == given),
-            f"{path} is {words.format(given)}; choose a {words.format(full)}")
+    require(shape.arch == full.arch and (start or shape == given),
+            f"{args.init or args.shape} is {words.format(given)}; choose a {words.format(full)}")
     teacher = load_teacher(args, shape, data) if args.teacher else None
     run = Run(args, data, "teacher" if shape == full else "pruned", TRAIN_SETTINGS,
               shape=dataclasses.asdict(shape), teacher=checksum(teacher), init=checksum(start))
@@ -1654,13 +1555,12 @@ def command_train(args):
         if prepare:
             prepare(net, teacher)
         metrics = train(run, data, net, teacher if distil else None)
-        settings, result, _ = read_run(args.shape) if args.shape else ({}, {}, None)
         plain = inherit_weights(ResNet(shape), net)  # without the padded channels
         save_tensors(run.path / "weights.pt", plain.state_dict())
         run.finish(shape, metrics, accuracy=metrics[-1]["test_accuracy"],
                    top5=metrics[-1].get("test_top5"), classes=data.classes,
-                   search=settings or None, cost=result.get("cost"), teacher_accuracy=above,
-                   weights=checksum(plain))
+                   search=found.get("settings"), cost=found.get("result", {}).get("cost"),
+                   teacher_accuracy=above)
     following = ["tools/export.py", run.path]
     if shape == full:
         following = ["tas.py search", "--arch", args.arch, "--flops", FLOPS]
@@ -1709,23 +1609,17 @@ def command_prune(args):
     trains_teacher = not args.teacher and transfer != "none"
     require(trains_teacher or not args.init,
             "--init is where the teacher starts; leave --teacher and --transfer none out")
+    if args.init:
+        shape = load(args.init).shape
+        require(shape == shape.full, f"--init {args.init} is pruned; give an unpruned network")
     part = functools.partial(argparse.Namespace, **vars(args))  # these options, but for changes
     training = part(command="train", out=base / "teacher", shape=None, transfer="none",
-                    epochs=args.teacher_epochs or args.epochs)
+                    epochs=args.teacher_epochs or args.epochs, more=True)
     searching = part(command="search", out=base / "search",
-                     epochs=args.search_epochs or args.epochs)
+                     epochs=args.search_epochs or args.epochs, more=True)
     distilling = part(command="train", out=base / "pruned", shape=base / "search", init=None,
                       transfer=transfer, teacher=training.out if trains_teacher else args.teacher)
     data, space, *_ = plan_search(searching)  # all that can go wrong, before hours of training
-    for directory in (training.out, searching.out, distilling.out):
-        path = directory / "run.json"
-        if path.exists():
-            require(read_run(path)[0], f"{path} has no settings; choose another --out")
-        else:
-            require_new(directory)
-    open_data(distilling)  # fills in its epochs
-    searching.later = distilling.epochs
-    training.later = searching.epochs + distilling.epochs
     if trains_teacher:
         command_train(training)
     elif args.teacher:
@@ -1735,12 +1629,11 @@ def command_prune(args):
 
 def command_eval(args):
     """Accuracy of a trained network on the test images of --data."""
-    net = load(args.dir, trained=True)
+    net = load(args.dir)
     data = open_data(args, net.shape)
     require_classes(args.dir, net, data)
-    recorded = read_run(args.dir)[2]
-    if args.precision == "auto" and recorded in ("fp32", "bf16"):
-        args.precision = recorded  # as in the last epoch of the run
+    if args.precision == "auto":  # as in the last epoch of the run
+        args.precision = read_run(args.dir).get("precision", "auto")
     args.precision = native_precision(args)
     accuracy, top5 = evaluate(to_device(pad_channels(net), args), data.test, args)
     top5 = f" (top-5 {top5:.2f}%)" if len(data.classes) > TOP5_CLASSES else ""
@@ -1831,7 +1724,7 @@ def build_parser():
             function.__name__.removeprefix("command_"), parents=parents, help=function.__doc__,
             description=function.__doc__, usage="%(prog)s [options]", allow_abbrev=False,
             formatter_class=Help)
-        command.set_defaults(function=function, later=0, arch=None, epochs=None,
+        command.set_defaults(function=function, more=False, arch=None, epochs=None,
                              weight_decay=None)
         return command.add_argument
 
@@ -1845,60 +1738,37 @@ def build_parser():
     add("dir", help="directory of a finished train")
     return parser
 
-def printable(text):
-    """The text, with escapes for what a terminal would act upon."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
 def say(text):
     """Print a line."""
-    print(printable(text), flush=True)
+    print(text, flush=True)
+
+def complain(text, kind="error"):
+    """One line on stderr; the exit status of what the user can fix."""
+    print(f"{kind}: {text}", file=sys.stderr)
+    return 2
 
 def warn(text):
     """One line on stderr, of the first process."""
     if is_first():
         complain(text, "warning")
 
-def complain(text, kind="error"):
-    """One line on stderr; the exit status."""
-    with contextlib.suppress(OSError):
-        print(printable(f"{kind}: {text}")[:LONGEST_MESSAGE], file=sys.stderr)
-    return 2
-
-def require_values(args):
-    """TASError where an option has no value, such as that of an unset variable, or a dashed one."""
-    for name, value in vars(args).items():
-        require(value not in ("", []) and not str(value).startswith("-"),  # argparse makes [] of --
-                f"--{name.replace('_', '-')}: an empty or dashed value, {value!r}")
-
 def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can fix, 130 when stopped."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        require(sys.stdout, "standard output is closed; give it a file, such as > FILE")
-        with contextlib.suppress(AttributeError):  # a notebook's; a terminal may lack letters
-            sys.stdout.reconfigure(errors="backslashreplace")
         args = build_parser().parse_args(argv)
-        require_values(args)
+        for name, value in vars(args).items():
+            require(value != "", f"--{name.replace('_', '-')} is empty")  # an unset variable's
         args.line = shlex.join(["python", "tas.py", *argv])
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         args.function(args)
     except TASError as error:  # its last part, when a worker process raised it
         return complain(str(error).rsplit("TASError: ", 1)[-1].strip())
+    except OSError as error:  # of the disk, of standard output
+        return complain(f"{error}; fix that, and the same command goes on")
     except KeyboardInterrupt:
-        print("stopped; the same command goes on after the last finished epoch", file=sys.stderr)
+        complain("the same command goes on after the last finished epoch", "stopped")
         return 130
-    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
-    except OSError as error:  # of the disk, of standard output, of too many files ...
-        reason = str(error).strip().rsplit("\n", 1)[-1]  # the last line of a worker's
-        return complain(f"{reason}; fix that, and the same command goes on")
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            return complain("out of memory; lower --batch-size (and choose another --out)")
-        if "DataLoader worker" in str(error):
-            return complain(f"{error}; the same command goes on, with --workers 0 without workers")
-        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -320,8 +320,8 @@ def random_distribution(space, seed):
 @pytest.mark.parametrize("case", range(len(TINY)))
 @pytest.mark.parametrize("seed", [0, 1])
 def test_expected_cost_by_enumeration(case, seed, table):
-    """The sum over all Shapes of their probability times their cost, with its gradient; in MACs,
-    entries past the candidates of a row are ignored."""
+    """The sum over all Shapes of their probability times their cost, with its gradient; entries
+    past the candidates of a row are ignored."""
     space, shapes, costs, slow = tiny_shapes(case, seed, table)
     for shape in shapes[::max(1, len(shapes) // 50)]:
         assert math.isclose(space.cost_of(shape), slow(shape), rel_tol=1e-12)
@@ -331,8 +331,7 @@ def test_expected_cost_by_enumeration(case, seed, table):
     assert math.isclose(sum(chance), 1)
     total = sum(c * one for c, one in zip(chance, costs.tolist()))
     assert math.isclose(tas.expected_macs(space, p, q), total, rel_tol=1e-12)
-    if table is None:
-        p[p == 0], q[q == 0] = 0.5, 0.5
+    p[p == 0], q[q == 0] = 0.5, 0.5
     assert math.isclose(tas.expected_macs(space, p, q), total, rel_tol=1e-12)
     p.requires_grad_(), q.requires_grad_()
     assert torch.autograd.gradcheck(lambda p, q: tas.expected_macs(space, p, q) / total, (p, q))
@@ -1003,17 +1002,6 @@ def test_test_images_are_resized_and_cropped(tmp_path, size, resized):
         torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
         assert torch.equal(tas.preprocess(Image.open(path), size), x[None])
 
-def test_fingerprints_tell_large_images_apart(tmp_path):
-    def of(name):
-        data = tas.load_data("folder", str(tmp_path / name), 66, torch.device("cpu"), 0)
-        return tas.fingerprint(data)
-
-    write_images(tmp_path / "one", size=66)
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    assert of("one") == of("two")
-    (tmp_path / "two/train/a/0.png").rename(tmp_path / "two/train/a/x.png")
-    assert of("one") != of("two")
-
 # ---- Training and search ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arch", ["resnet20", "resnet164", "resnet18"])
@@ -1279,7 +1267,7 @@ def test_search_is_the_slow_loop(float64, run_small, tmp_path, options, round_to
     ("search --arch resnet20 --image-size 65", dict(epochs=120, weight_decay=1e-4)),
     ("search --arch resnet20",  # 600 steps
      dict(epochs=600, batch_size=256, tolerance=0.05, arch_lr=0.05)),
-    ("search --arch resnet20 --batch-size 8", dict(arch_lr=59 / (37 * 600))),
+    ("search --arch resnet20 --batch-size 8", dict(arch_lr=58.2 / (37 * 600))),
     ("search --arch resnet20 --batch-size 8 --epochs 9999", dict(arch_lr=1e-3))])
 def test_defaults(run_small, monkeypatch, tmp_path, line, expected):
     """Those that the slow loops do not use; the rate of alpha depends on the number of steps."""
@@ -1416,8 +1404,8 @@ def run(line, **places):
     return tas.main(shlex.split(line.format(**places)))
 
 def tree(root):
-    """Content of every file below a directory, without locks."""
-    return {p: p.read_bytes() for p in sorted(root.rglob("[!.]*")) if p.is_file()}
+    """Content of every file below a directory."""
+    return {p: p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 def read_metrics(directory):
     """Lines of metrics.jsonl, if there is one, without the entries that may differ between runs."""
@@ -1586,7 +1574,8 @@ def set_cost(value):
     (lambda entries: entries["widths"].pop(), "widths"),
     (lambda entries: entries.update(cost=[[1.0]]), "table of costs"),
     (lambda entries: entries.update(cost="many"), "table of costs"),
-    (lambda entries: entries.update(unit=3), "table of costs"),
+    *[(lambda entries, unit=unit: entries.update(unit=unit), "table of costs")
+      for unit in (3, "", " ")],
     *[(set_cost(value), "table of costs") for value in (-1, math.nan, math.inf, None, [])]])
 def test_wrong_costs_are_refused_by_name(tmp_path, change, word):
     space, path = tas.Space("resnet20"), tmp_path / "cost.json"
@@ -1645,16 +1634,6 @@ def test_targets(unit, text, share):
     space = tas.Space("resnet20")
     space.unit = unit
     assert math.isclose(tas.parse_target(text, space), share * 40813184, rel_tol=1e-6)
-
-@given(st.text(min_size=1), st.integers(1, 300))
-def test_messages_are_printable_and_short(text, repeats):
-    shown = tas.printable(text)
-    assert shown.isprintable() and (shown == text or not text.isprintable())
-    with contextlib.redirect_stderr(io.StringIO()) as err:
-        assert tas.complain(text * repeats) == 2
-    line = err.getvalue().removesuffix("\n")
-    assert line.isprintable() and len(line) <= 500
-    assert f"error: {shown * repeats}".startswith(line) and line.startswith("error: ")
 
 # ---- Wrong command lines ------------------------------------------------------------------------
 
@@ -1716,6 +1695,7 @@ WRONG_TOGETHER = {
         ("--teacher {root}/runs/pruned", "{root}/runs/pruned", "pruned network"),
         ("--init {root}/other --shape {root}/runs/search", "--shape"),
         ("--init {root}/other --arch resnet32", "resnet20"),
+        ("--init {root}/nowhere", "{root}/nowhere has no weights.pt"),
         ("--out {root}/half/run.json", "{root}/half/run.json", "--out"),
         ("--out {root}/half/run.json/new", "{root}/half/run.json/new", "--out"),
         ("--out {root}/data", "{root}/data", "--out"),
@@ -1730,6 +1710,7 @@ WRONG_TOGETHER = {
         ("--batch-size 13", "half of the search"), ("--teacher {root}/nowhere", "{root}/nowhere"),
         ("--teacher {root}/runs/pruned", "pruned network"),
         ("--init {root}/other --teacher {root}/other", "--init"),
+        ("--init {root}/runs/pruned", "--init {root}/runs/pruned is pruned"),
         ("--init {root}/other --transfer none", "--init"),
         ("--epochs 3 --flops 0.4 --out {root}/runs", "target was",
          "prune keeps its teacher with --teacher DIR")]}
@@ -1743,9 +1724,8 @@ WRONG_TOGETHER = {
     ("eval --data synthetic {root}/whole", ["--image-size"]),
     *[(f"eval {{root}}/{name} --data folder --data-dir {{root}}/data", ["{root}/" + name])
       for name in ("nowhere", "half", "runs/search", "runs/search/shape.json")],
-    *[(f"{NEW} {words}", [re.split("[ =]", words)[0] + ": an empty or dashed value"])
-      for words in ("--teacher ''", "--shape ''", "--shape=", "--epochs=--", "--out ''",
-                    "--data-dir=", "--teacher=--quiet")],
+    *[(f"{NEW} {words}", [re.split("[ =]", words)[0] + " is empty"])
+      for words in ("--teacher ''", "--shape ''", "--shape=", "--out ''", "--data-dir=")],
     *[(f"{command} --arch resnet20 {ONE} {flag} {value}", [flag, value])
       for command, flags in WRONG_VALUES.items()
       for flag, values in flags.items() for value in values.split()],
@@ -1754,15 +1734,9 @@ WRONG_TOGETHER = {
 def test_wrong_command_lines(root, capfd, line, words):
     check_refused(capfd, root, line, *words)
 
-@pytest.mark.parametrize("names, words", [
-    ({"WORLD_SIZE": "4"}, ["--batch-size 6", "4 processes"]),
-    ({"WORLD_SIZE": "2"}, ["torchrun"]),
-    *[(names, ["WORLD_SIZE"]) for names in (
-        {"RANK": "x"}, {"WORLD_SIZE": "x"}, {"RANK": "1"}, {"RANK": "-1"}, {"WORLD_SIZE": "0"})]])
-def test_wrong_places_among_processes(root, capfd, monkeypatch, names, words):
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    check_refused(capfd, root, NEW, *words)
+def test_a_batch_that_the_processes_cannot_share(root, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_refused(capfd, root, NEW, "--batch-size 6", "4 processes")
 
 def no_network(*_, **__):
     raise urllib.error.URLError("no network")
@@ -1801,54 +1775,11 @@ def other_images(*names):
         write_images(world / "data", names)
     return spoil
 
-def pipe(name):
-    def spoil(world):
-        (world / name).unlink(missing_ok=True)
-        os.mkfifo(world / name)
-    return spoil
-
 def shape_file(**changes):
     return write("shape.json", json.dumps(GOOD | changes).encode())
 
 def state(change, name="half/last.ckpt"):
     return lambda world: change_state(world / name, change)
-
-def momentum(change):
-    """Of the first parameter; a fused optimiser would write past the end of the buffer."""
-    def spoil(state):
-        buffers = state["parts"]["optimizer"]["state"][0]
-        buffers["momentum_buffer"] = change(buffers["momentum_buffer"])
-    return state(spoil)
-
-def renumber(state):
-    """Names for the parameters that no parameter has."""
-    optimizer = state["parts"]["optimizer"]
-    names = range(1000, 1000 + len(optimizer["param_groups"][0]["params"]))
-    optimizer["param_groups"][0]["params"] = list(names)
-    optimizer["state"] = {name: {"momentum_buffer": torch.zeros(1)} for name in names}
-
-def exchange_shape(world):
-    shutil.rmtree(world / "runs/pruned")
-    tas.Shape.load(world / "runs/search").full.save(world / "runs/search/shape.json")
-
-def change_teacher(recorded):
-    """Other running statistics; its run has recorded a checksum of the weights, or not."""
-    def spoil(world):
-        teacher = world / "runs/teacher"
-        change_state(teacher / "weights.pt", lambda state: state["bn1.running_mean"].add_(1))
-        result = tas.read_json(teacher / "run.json")["result"]
-        if not recorded:
-            change_json(teacher / "run.json", {"result": result | {"weights": None}})
-    return spoil
-
-def link_lock(world):
-    (world / "half/.lock").unlink(missing_ok=True)
-    (world / "precious").write_text("mine")
-    (world / "half/.lock").symlink_to(world / "precious")
-
-def damage_a_later_part(world):
-    (world / "new/pruned").mkdir(parents=True)
-    (world / "new/pruned/run.json").write_bytes(b"{}")
 
 EVAL = f"eval {CHEAP} --data-dir {{root}}/data {{root}}/"
 SPOILED = [
@@ -1866,20 +1797,13 @@ SPOILED = [
         (lambda world: (world / "data/val/b").rename(world / "data/val/zebra"), "b, zebra"),
         (write("data/train/b/3.png", b"no image"), "{root}/data/train/b/3.png"),
         (cut("data/train/b/3.png", 60), "{root}/data/train/b/3.png"),
-        (pipe("data/train/a/x.png"), "x.png"),
-        *[(lambda world, mode=mode, name=name: Image.new(mode, (8, 8), 500).save(world / name),
-           name, f"mode {mode}") for mode, name in (
-               ("I;16", "data/train/a/x.png"), ("F", "data/train/a/x.tif"),
-               ("I", "data/train/a/y.tif"))],
-        *[(lambda world, to=to: (world / "data/train/a/loop").symlink_to(to), "train/a/loop")
-          for to in (".", "..", "../b")])],
+        (cut("data/train/b/3.png", 0), "{root}/data/train/b/3.png"))],
     *[(spoil, NEW + " --workers 2", words) for spoil, *words in (
         (cut("data/train/b/3.png", 60), "{root}/data/train/b/3.png"),
         (lambda world: cut_jpeg(world / "data/val/a/cut.jpeg"), "{root}/data/val/a/cut.jpeg"))],
     # Images of another run.
-    *[(lambda world: Image.new("RGB", (8, 8), (1, 2, 3)).save(world / "data/train/a/0.png"),
-       f"{TRAIN} --out {{root}}/{name}", ["fingerprint was "]) for name in ("half", "whole")],
-    (other_images("dog", "emu"), TRAIN + " --out {root}/whole", ["fingerprint was "]),
+    *[(lambda world: (world / "data/train/a/0.png").unlink(), f"{TRAIN} --out {{root}}/{name}",
+       ["images was 24 + ", "now 23 + "]) for name in ("half", "whole")],
     (other_images("dog", "emu"), EVAL + "whole", ["['a', 'b']", "['dog', 'emu']"]),
     (other_images(*"abc"), EVAL + "runs/pruned", ["2", "3", "classes"]),
     (other_images(*"abc"), NEW + " --teacher {root}/runs/teacher", ["2", "3", "classes"]),
@@ -1889,11 +1813,7 @@ SPOILED = [
     *[(spoil, NEW + " --shape {root}/shape.json", ["{root}/shape.json", *words])
       for spoil, *words in (
           (shape_file(stem=1000), "stem", "1000"), (shape_file(extra=1), "extra"),
-          (shape_file(num_classes=3), "num_classes 3", "2"), (write("shape.json", b""),),
-          (pipe("shape.json"),))],
-    *[(exchange_shape, line, ["{root}/runs/search", "the run beside it"])
-      for line in (PRUNE + " --out {root}/runs", DISTIL + " --out {root}/new",
-                   SEARCH + " --out {root}/runs/search")],
+          (shape_file(num_classes=3), "num_classes 3", "2"), (write("shape.json", b""),))],
     # Files of a run.
     *[(write("half/run.json", content), HALF, ["{root}/half/run.json"]) for content in (
         b"", b"{", b"[]", b"{}", b'{"settings": []}', b'{"settings": null}', b'{"settings": {}}')],
@@ -1901,30 +1821,18 @@ SPOILED = [
      ["{root}/runs/search/run.json"]),
     (write("runs/teacher/run.json", b"{"), GUIDED + " --out {root}/new",
      ["{root}/runs/teacher/run.json"]),
-    (change_teacher(recorded=True), PRUNE + " --out {root}/runs",
-     ["{root}/runs/teacher/weights.pt"]),
-    (change_teacher(recorded=False), PRUNE + " --out {root}/runs", ["teacher was "]),
-    (damage_a_later_part, PRUNE + " --out {root}/new", ["{root}/new/pruned/run.json"]),
-    (link_lock, HALF, ["{root}/half"]),
+    (state(lambda state: state["bn1.running_mean"].add_(1), "runs/teacher/weights.pt"),
+     PRUNE + " --out {root}/runs", ["teacher was "]),
     *[(spoil, HALF, ["{root}/half/last.ckpt", remedy]) for spoil, remedy in (
         (cut("half/last.ckpt", 100_000), "delete it"), (cut("half/last.ckpt", 0), "delete it"),
-        (write("half/last.ckpt", b"hello"), "delete it"), (pipe("half/last.ckpt"), "delete it"),
+        (write("half/last.ckpt", b"hello"), "delete it"),
         (lambda world: torch.save([1, 2], world / "half/last.ckpt"), "delete it"),
         (lambda world: shutil.copy(world / "runs/search/last.ckpt", world / "half"),
          "command was search, now train"),
         *[(state(lambda state, name=name: state.pop(name)), "--out")
           for name in ("parts", "metrics", "settings", "rng")],
         (state(lambda state: state["parts"]["net"].popitem()), "--out"),
-        (state(lambda state: state["settings"].update({5: 5})), "--out"),
-        (state(lambda state: state["metrics"].clear()), "--out"),
-        *[(state(lambda state, odd=odd: state["metrics"][0].update(odd)), "--out")
-          for odd in ({"epoch": 2}, {"seconds": "x"}, {"lr": math.nan})],
-        (state(lambda state: state["parts"]["optimizer"]["state"].clear()), "--out"),
-        (state(lambda state: state["parts"]["optimizer"]["state"][3].clear()), "--out"),
-        (state(renumber), "--out"),
-        *[(momentum(change), "--out") for change in (
-            lambda t: t[:1], lambda t: t.double(), lambda t: t.new_zeros(1),
-            lambda t: t.new_zeros(t.numel() * 2)[::2].view(t.shape))])]]
+        (state(lambda state: state["settings"].update({5: 5})), "--out"))]]
 
 @pytest.mark.parametrize("spoil, line, words", SPOILED)
 def test_spoiled_files_are_refused(world, capfd, spoil, line, words):
@@ -1963,32 +1871,6 @@ def test_a_pickle_is_not_executed(world, tmp_path, capfd, name, line):
     assert not (tmp_path / "executed").exists()
     torch.load(world / name, weights_only=False)
     assert (tmp_path / "executed").exists()  # the file is as dangerous as it should be
-
-@pytest.mark.parametrize("result", [[], "done", {}, {"accuracy": "high"}, {"accuracy": None},
-                                    {"accuracy": 10 ** 400}, {"accuracy": math.nan}])
-def test_a_damaged_result_is_made_anew(root, world, capfd, result):
-    """From the checkpoint, which is whole; without one it is refused."""
-    half = world / "half"
-    change_json(half / "run.json", {"result": result})
-    (half / "last.ckpt").rename(half / "checkpoint")
-    check_refused(capfd, world, HALF, "{root}/half/run.json")
-    (half / "checkpoint").rename(half / "last.ckpt")
-    assert run(HALF, root=world) == 0
-    check_same_run(half, root / "whole")
-
-@pytest.mark.parametrize("part, change, lost", [
-    ("teacher", {"result": None}, []), ("search", {"result": None}, []),
-    ("search", {"result": "done"}, []), ("search", {"settings": None}, ["search"]),
-    ("search", {"settings": [1]}, ["search"])])
-def test_a_damaged_run_file_of_a_part(root, world, part, change, lost):
-    """What came from a teacher or a shape of a damaged run lacks that entry alone."""
-    change_json(world / "runs" / part / "run.json", change)
-    assert run(GUIDED + " --out {root}/new", root=world) == 0
-    expected = read_result(root / "runs/pruned")
-    for name in lost:
-        assert expected[name] is not None
-        expected[name] = None
-    assert read_result(world / "new") == expected
 
 def damage(directory, kind, name, other, at, noise):
     """Damage one file of a run directory, or exchange two. Returns the names."""
@@ -2053,19 +1935,6 @@ def test_damaged_run_directories(root, tmp_path, capfd, state, source, line, rea
     check()
     assert min(ends[0], ends[2]) > 2, ends  # both happened
 
-def test_links_in_the_place_of_temporary_files_are_not_followed(world, monkeypatch):
-    (world / "outside").write_text("mine")
-    for name in ("run.json", "metrics.jsonl", "last.ckpt", "weights.pt"):
-        (world / f"half/{name}.tmp").unlink(missing_ok=True)
-        (world / f"half/{name}.tmp").symlink_to(world / "outside")
-    assert run(HALF, root=world) == 0
-    assert (world / "outside").read_text() == "mine"
-    monkeypatch.setattr(tas.time, "monotonic_ns", lambda: 7)
-    (world / f"x.{os.getpid()}-7.tmp").symlink_to(world / "outside")
-    with pytest.raises(tas.TASError, match="cannot write"):
-        tas.write_file(world / "x", b"theirs")
-    assert (world / "outside").read_text() == "mine"
-
 # ---- A full disk, numbers that are none, errors of the machine ----------------------------------
 
 def fill_disk(patch, nth):
@@ -2128,12 +1997,7 @@ def test_a_loss_that_is_not_finite_is_located(root, tmp_path, capfd, monkeypatch
 
 @pytest.mark.parametrize("error, word", [
     (OSError(24, "Too many open files"), "Too many open files"),
-    (PermissionError(13, "Permission denied", "/x"), "/x"), (MemoryError(), "--batch-size"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
-    (RuntimeError("could not create a primitive"), "--batch-size"),
-    (RuntimeError("std::bad_alloc"), "--batch-size"),
-    (OSError("Caught OSError in worker\nTraceback\nOSError: no disk"), "error: OSError: no disk"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "DataLoader worker")])
+    (PermissionError(13, "Permission denied", "/x"), "/x")])
 def test_errors_of_the_machine_are_one_line(root, capfd, monkeypatch, error, word):
     def fail(*_, **__):
         raise error
@@ -2346,46 +2210,6 @@ def test_a_dead_process_ends_the_run(root, tmp_path):
     assert len(tas.load_tensors(tmp_path / "run" / "last.ckpt")["metrics"]) == 1
     assert not (tmp_path / "run" / "weights.pt").exists()
 
-def test_processes_whose_launcher_is_gone_stop(root, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(tas, "average_over_processes", lambda *_: None)
-    monkeypatch.setattr(tas.Run, "resume", lambda run, _: setattr(run.args, "world", 2) or [])
-    numbers = itertools.count()
-    monkeypatch.setattr(tas.os, "getppid", lambda: next(numbers))
-    assert run(TRAIN + " --out {tmp}/run", root=root, tmp=tmp_path) == 2
-    assert "launcher" in one_line(capfd)
-
-def test_two_commands_in_one_directory(world, capfd):
-    ready, told = os.pipe()
-    holder = os.fork()
-    if holder == 0:
-        lock = tas.lock_directory(world / "half")
-        os.write(told, b"locked")
-        signal.pause()
-        lock.close()
-    os.read(ready, 6)
-    check_refused(capfd, world, HALF, f"in use by process {holder}")
-    os.kill(holder, signal.SIGKILL)  # the lock goes with its process
-    os.waitpid(holder, 0)
-    assert run(HALF, root=world) == 0
-
-@pytest.mark.parametrize("change", [{"lr": 100.0}, {"momentum": 0}, {"maximize": True}])
-def test_settings_of_an_optimizer_are_those_of_the_command(root, world, change):
-    change_state(world / "half/last.ckpt", lambda state: state["parts"]["optimizer"][
-        "param_groups"][0].update(change))
-    assert run(HALF, root=world) == 0
-    check_same_run(world / "half", root / "whole")
-
-def test_a_closed_standard_output(root, capfd, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
-    check_refused(capfd, root, NEW, "standard output")
-
-def test_letters_that_the_output_lacks(world, monkeypatch):
-    shutil.copytree(world / "whole", world / "é中")
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    assert run(EVAL + "é中", root=world) == 0
-    sys.stdout.flush()
-    assert rb"\xe9\u4e2d: accuracy" in sys.stdout.buffer.getvalue()
-
 # ---- What the commands leave --------------------------------------------------------------------
 
 def test_prune_leaves_three_runs(root):
@@ -2480,11 +2304,6 @@ def test_a_network_without_a_shape_knows_no_search(root, tmp_path, monkeypatch):
     monkeypatch.chdir(root / "runs" / "search")
     assert run(TRAIN + " --epochs 1 --out {tmp}/run", root=root, tmp=tmp_path) == 0
     assert read_result(tmp_path / "run")["search"] is None
-
-def test_load_of_a_shape_file(tmp_path):
-    (tmp_path / "shape.json").write_text(json.dumps(GOOD))
-    net = tas.load(tmp_path / "shape.json")
-    assert not net.training and net(torch.zeros(2, 3, 8, 8)).shape == (2, 2)
 
 def test_training_goes_on_from_weights(root, tmp_path, monkeypatch):
     """A pruned network keeps its shape; with other classes it has a new classifier."""
@@ -2652,16 +2471,6 @@ def test_a_network_for_large_images_on_small_ones(tmp_path, capfd):
         assert run(f"{line}{arch} --arch {arch}") == 0
         assert ("warning: resnet18" in capfd.readouterr().err) == warned
 
-def test_the_time_that_is_left(root, tmp_path, capfd, monkeypatch):
-    """Of all parts of prune; an epoch takes two minutes here."""
-    plain = tas.resources
-    monkeypatch.setattr(tas, "resources", lambda *a: plain(*a) | {"seconds": 120.0})
-    line = PRUNE.replace("--epochs 3", "--epochs 2 --search-epochs 3") + " --out "
-    assert run(line + f"{tmp_path}/runs", root=root) == 0
-    found = re.findall(r"^(\S+) \d/\d.* (\d+) min left in all$", capfd.readouterr().out, re.M)
-    names = ["teacher"] * 2 + ["search"] * 3 + ["pruned"] * 2
-    assert found == [(name, str(2 * (6 - i))) for i, name in enumerate(names)]
-
 def test_a_bar_on_a_terminal(root, tmp_path, capsys, monkeypatch):
     """One bar with loss, accuracy and MACs, in the place of a line an epoch."""
     class Terminal(io.StringIO):
@@ -2672,18 +2481,8 @@ def test_a_bar_on_a_terminal(root, tmp_path, capsys, monkeypatch):
     assert run(SEARCH + " --out {tmp}/run", root=root, tmp=tmp_path) == 0
     bar = sys.stderr.getvalue()
     assert re.search(r"6/6 .*loss \d+\.\d{3}, accuracy \d+\.\d%, MACs \d+\.\d% of the target, "
-                     r"lr \S+, \d+ images/s, \d+ MB, 0 min left in all", bar)
+                     r"lr \S+, \d+ images/s, \d+ MB", bar)
     assert "1/3:" not in capsys.readouterr().out
-
-def test_what_is_recorded_and_printed_of_odd_names(root, tmp_path, capfd):
-    """The command can be typed again; nothing that is printed moves the cursor."""
-    name = "a b\x1b[2J'c\n"
-    words = TRAIN.format(root=root).split() + ["--epochs", "1", "--out", f"{tmp_path}/{name}"]
-    assert tas.main(words) == 0
-    out, err = capfd.readouterr()
-    assert "\x1b" not in out + err and "a b\\x1b[2J'c\\n" in out and "1/1: " in out
-    line = tas.read_json(tmp_path / name / "run.json")["command"]
-    assert shlex.split(line) == ["python", "tas.py", *words]
 
 def test_the_next_command_can_be_typed(root, tmp_path, capfd):
     """Whatever the directories are called."""
@@ -2694,13 +2493,6 @@ def test_the_next_command_can_be_typed(root, tmp_path, capfd):
     args = tas.build_parser().parse_args(words)
     assert program == "tas.py" and args.shape == f"{out}/shape.json"
     assert (args.data, args.data_dir, args.image_size) == ("folder", f"{root}/data", 8)
-
-def test_a_reader_that_has_seen_enough(root, tmp_path):
-    read, write = os.pipe()
-    os.close(read)
-    line = TRAIN.format(root=root) + f" --out {tmp_path}"
-    assert start(line, stdout=write) == (141, None, "")
-    os.close(write)
 
 @pytest.mark.parametrize("command", ["", "train", "search", "prune", "eval"])
 def test_help_fits_one_screen(capsys, monkeypatch, command):

@@ -9,7 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tas
-from tas import printable
+
+def printable(text):
+    """The text, with escapes for what a terminal would act upon."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 def markdown(text):
     """The text as it is, where Markdown or HTML would read more into it."""
@@ -34,7 +37,7 @@ def run(parser, function, argv):
         return 141
     except (tas.TASError, OSError) as error:
         reason = str(error).rsplit("TASError: ", 1)[-1]  # where a worker process raised it
-        return tas.complain(reason.strip())
+        return tas.complain(printable(reason.strip()))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -73,10 +73,12 @@ def other_cost(network):
     """The cost of a run's network under a table of --cost, in words; "" without one."""
     if network in tas.ARCHS:
         return ""
-    settings, result, _ = tas.read_run(network)
-    search = settings if settings.get("command") == "search" else result.get("search")
-    cost, unit = result.get("cost"), search.get("unit") if isinstance(search, dict) else None
-    return f", {cost:.4g} {unit}" if type(cost) in (int, float) and unit else ""
+    info = tas.read_run(network)
+    settings, result = info.get("settings", {}), info.get("result", {})
+    search = settings if settings.get("command") == "search" else result.get("search") or {}
+    if result.get("cost") is None or "unit" not in search:
+        return ""
+    return f", {result['cost']:.4g} {search['unit']}"
 
 def describe(args):
     """Print the table of a network, and its size in words."""

@@ -87,7 +87,7 @@ def export(args):
         with tas.errors_as("--onnx: {}; pip install onnx onnxscript", ImportError):
             import onnx  # noqa: F401
             import onnxscript  # noqa: F401  (torch.onnx needs it)
-    net, out = tas.load(args.dir, trained=True), Path(args.dir)
+    net, out = tas.load(args.dir), Path(args.dir)
     properties = metadata(args.dir, net.shape)
     files = {}
     content = files["network.pt2"] = to_bytes(to_program(net), properties)

@@ -54,7 +54,7 @@ class FastStep:
         except Exception as error:
             while error.__context__:  # to the first one; those after it follow from it
                 error = error.__context__
-            reason = tas.printable(str(error).strip())[:100]
+            reason = str(error).strip().split("\n")[0][:100]
             print(f"warning: a step is not compiled or captured: {reason}", file=sys.stderr)
             return plain
         return step

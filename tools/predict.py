@@ -27,14 +27,14 @@ def class_names(directory, count):
 @torch.no_grad()
 def predict(args):
     """Print a line for every file; returns 2 when one of them could not be read."""
-    net = tas.load(args.dir, trained=True)
+    net = tas.load(args.dir)
     names = class_names(args.dir, net.shape.num_classes)
     status = 0
     for path in args.files:
         try:
             image = tas.preprocess(tas.read_image(path), net.shape.image_size)
         except tas.TASError as error:  # the other files are classified all the same
-            tas.complain(str(error))
+            tas.complain(printable(error))
             status = 2
             continue
         top = net(image)[0].softmax(0).topk(min(args.top, len(names)))

@@ -30,7 +30,7 @@ def find_runs(directories):
             try:
                 found = read_run(path)
             except tas.TASError as error:
-                tas.warn(f"left out {path}: {error}")
+                tas.warn(printable(f"left out {path}: {error}"))
                 continue
             if found:
                 runs.setdefault(path.resolve(), found)

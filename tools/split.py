@@ -46,7 +46,6 @@ def move(names, source, destination):
 
 def split(args):
     """Make test/ and print how many images of every class are where."""
-    tas.require_values(args)
     root = Path(args.data)
     train, part = root / "train", root / "test.part"
     for name in ("test", "val"):

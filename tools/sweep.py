@@ -30,8 +30,6 @@ def plan(targets, options):
     own, shared = take_own(options)
     tas.require(own.flops is None, "leave --flops out; the targets come first, such as 0.5,0.3")
     args = tas.build_parser().parse_args(["prune", *shared])
-    tas.require_values(args)
-    tas.require_values(own)
     base, lines = Path(own.out or tas.base_directory(args)), []
     trained = [path.parent for path in sorted(base.glob("*/teacher/weights.pt"))]
     teacher = trained[0] if trained else base / targets[0] / "teacher"

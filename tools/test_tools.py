@@ -91,7 +91,6 @@ def pruned(world, tmp_path):
     for _ in range(50):  # running statistics
         net(torch.randn(8, 3, SIZE, SIZE))
     tas.save_tensors(directory / "weights.pt", net.state_dict())
-    change(directory, weights=tas.checksum(net))
     return directory
 
 def change(directory, **entries):
@@ -148,13 +147,6 @@ def test_names_are_shown_as_they_are_and_obeyed_by_nobody(text):
     written = command.markdown(text)
     assert not re.search(r"(?<!\\)(\\\\)*[|*_`\[\]$~<>]", written)
     assert unescape(written) == shown
-
-@SETTINGS
-@given(TEXT.map(lambda text: text * 40))
-def test_messages_are_one_short_line(capsys, text):
-    capsys.readouterr()
-    tas.complain(text)
-    one_line(capsys)
 
 STARTS = """
 import runpy, sys
@@ -1163,10 +1155,6 @@ def test_weights_are_not_executed(tmp_path, capsys, monkeypatch):
     for source, word in ((str(file), "cannot read"), ("torchvision", "damaged")):
         assert weights.main([source, "--arch", "resnet18", "--out", f"{tmp_path}/run"]) == 2
         assert word in capsys.readouterr().err
-    file.unlink()
-    os.mkfifo(file)  # which would be waited for
-    assert weights.main(["torchvision", "--arch", "resnet18", "--out", f"{tmp_path}/run"]) == 2
-    assert "no plain file" in capsys.readouterr().err
     assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
 
 def test_torchvision_s_weights(tmp_path, capsys, monkeypatch):
@@ -1348,7 +1336,6 @@ def test_sweep_prunes_to_several_targets(world, tmp_path):
     ("0.5,0.3", "--arch resnet20 --flops 0.4", ["leave --flops out"]),
     ("0.5,0.3", "--arch resnet20 --flops=0.4", ["leave --flops out"]),
     ("0.5,0.3", "--arch resnet20 --teacher=", ["--teacher"]),
-    ("0.5,0.3", "--arch resnet20 --out=", ["--out"]),
     ("0.5,0.3", "--arch resnet20 --transfer none --init {world}/runs/teacher", ["--init"]),
     ("0.5,0.3", "--arch resnet20 --teacher {world}/runs/search", ["weights.pt"])])
 def test_sweep_refuses_before_it_trains(world, tmp_path, capsys, targets, options, words):

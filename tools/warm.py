@@ -93,7 +93,7 @@ def main(argv=None):
         return data, space, *rest
 
     def warm(space, align):
-        return start_from(make(space, align), sort_channels(tas.load(argv[0], trained=True)))
+        return start_from(make(space, align), sort_channels(tas.load(argv[0])))
 
     tas.plan_search, tas.SuperResNet = plan, warm
     tas.SEARCH_SETTINGS += ("warm",)
