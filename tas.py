@@ -507,8 +507,9 @@ class ChannelMix(nn.Module):
         rows = torch.tensor([conv.row for conv in convs])
         widths = width_table.cpu()[rows].clamp(min=1)  # past a row's end any: its weight is 0
         scale = torch.stack([conv.first_scale for conv in convs])[:, None]  # [G, 1, C]
-        self.scale = nn.Parameter(scale.repeat(1, widths.shape[1], 1))  # [G, K, C] one affine of
-        self.shift = nn.Parameter(torch.zeros_like(self.scale))         # BN per candidate
+        # Of each candidate an affine of BN of its own.
+        self.scale = nn.Parameter(scale.repeat(1, widths.shape[1], 1))  # [G, K, C]
+        self.shift = nn.Parameter(torch.zeros_like(self.scale))  # [G, K, C]
         self.register_buffer("widths", widths, persistent=False)  # [G, K] candidates
         self.register_buffer("rows", rows, persistent=False)      # [G] of alpha
 
@@ -673,17 +674,18 @@ def size_graph(space, log_p, log_q):
             rows = space.widths[conv:conv + convs + 1]  # of the block's input and its convs
             for choice in itertools.product(*map(enumerate, rows)):
                 index, widths = zip(*choice)
-                macs, score = cost[layer + convs + 1][index[0]][index[-1]], 0  # the shortcut
-                for i, (k_in, k_out) in enumerate(itertools.pairwise(index), 1):
-                    macs += cost[layer + i][k_in][k_out]
-                    score += log_p[conv + i][k_out]
-                graph[s, b + 1, k_out].append(Edge((s, b, index[0]), macs, score, widths[1:]))
+                macs = cost[layer + convs + 1][index[0]][index[-1]]  # of the shortcut
+                score = 0
+                for i in range(convs):
+                    macs += cost[layer + i + 1][index[i]][index[i + 1]]
+                    score += log_p[conv + i + 1][index[i + 1]]
+                graph[s, b + 1, index[-1]].append(Edge((s, b, index[0]), macs, score, widths[1:]))
             conv, layer = conv + convs, layer + convs + 1
-        for k in range(len(rows[-1])):
+        for k in range(len(space.widths[conv])):
             for depth, log in zip(depths, log_q[s]):
                 graph[s + 1, 0, k].append(Edge((s, depth, k), 0, log))
-    for k in range(len(rows[-1])):
-        graph[NETWORK].append(Edge((s + 1, 0, k), cost[-1][k][0], 0))
+    for k in range(len(space.widths[-1])):
+        graph[NETWORK].append(Edge((len(space.depths), 0, k), cost[-1][k][0], 0))
     return graph
 
 def best_scores(graph, cell, num_cells):
@@ -705,10 +707,10 @@ def best_shape(space, graph, best, cell, m):
     """The Shape of the most probable way to NETWORK that spends m cells, found from its end."""
     node, stages = NETWORK, [[] for _ in space.depths]
     while node != IMAGE:
-        for edge in graph[node]:
+        for edge in graph[node]:  # one of them gives the same sum as in best_scores
             before = m - round(edge.cost / cell)
             if before >= 0 and best[edge.source][before] + edge.score == best[node][m]:
-                break  # the same sum as in best_scores, so that one is equal
+                break
         if edge.widths:
             stages[node[0]].insert(0, edge.widths)
         node, m = edge.source, before
@@ -1724,6 +1726,7 @@ def build_parser():
             function.__name__.removeprefix("command_"), parents=parents, help=function.__doc__,
             description=function.__doc__, usage="%(prog)s [options]", allow_abbrev=False,
             formatter_class=Help)
+        # The last three are options of all commands but eval; `prune` sets `more`.
         command.set_defaults(function=function, more=False, arch=None, epochs=None,
                              weight_decay=None)
         return command.add_argument
