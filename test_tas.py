@@ -2008,6 +2008,17 @@ def test_errors_of_the_machine_are_one_line(root, capfd, monkeypatch, error, wor
 
 # ---- Interruptions ------------------------------------------------------------------------------
 
+def uncounted(function):
+    """The same function for a process whose calls are counted; most are within it, and it leaves
+    nothing."""
+    def call(*inputs):
+        profiler = sys.getprofile()
+        sys.setprofile(None)
+        result = function(*inputs)
+        sys.setprofile(profiler)
+        return result
+    return call
+
 def child(event, number, line, out, rank, world, port):
     """What a process of `fork` does. It leaves its output and what it has seen in `out`."""
     seen = {"calls": 0, "checkpoints": 0, "steps": 0, "memory": [], "nets": [], "wrote": []}
@@ -2029,15 +2040,6 @@ def child(event, number, line, out, rank, world, port):
     def begin(*_):  # what comes before leaves nothing
         if event == "calls":
             sys.setprofile(profile)
-
-    def uncounted(function):  # one that is most of all calls, and leaves nothing
-        def call(*inputs):
-            profiler = sys.getprofile()
-            sys.setprofile(None)
-            result = function(*inputs)
-            sys.setprofile(profiler)
-            return result
-        return call
 
     def step(args, net, *_):
         if not any(net is other for other in seen["nets"]):
