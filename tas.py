@@ -103,9 +103,9 @@ def errors_as(message, kind=Exception):
     """Turn errors of a kind into a TASError: `message`, with the reason in the place of {}."""
     try:
         yield
+    except (TASError, MemoryError, torch.OutOfMemoryError):
+        raise
     except kind as error:
-        if isinstance(error, TASError):
-            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise TASError(message.replace("{}", reason.strip().split("\n")[0][:120])) from None
 
@@ -939,6 +939,8 @@ def read_image(path):
     from PIL import Image
     with errors_as(f"cannot read the image {path}: {{}}; replace or remove it"):
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # converting them would clip the values
+                raise ValueError(f"it has mode {image.mode}, not 8 bits per channel")
             return image.convert("RGB")
 
 def open_folder(root):
@@ -1237,7 +1239,7 @@ def save_tensors(path, state):
 
 def load_tensors(path):
     """A dict saved by torch.save, on the CPU; nothing in the file is executed."""
-    with errors_as(f"{path} is missing, damaged or foreign ({{}}); delete it or use another"):
+    with errors_as(f"{path} is missing, damaged or foreign; delete it or use another"):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not compare checksums
                 raise ValueError
@@ -1259,7 +1261,8 @@ def require_new(path):
 class Run:
     """The directory --out of a command: run.json (settings, versions, command and, when finished,
     the result), metrics.jsonl (a line an epoch) and last.ckpt (the state after the last finished
-    epoch). The settings are what determines the result; one with other settings is refused."""
+    epoch). The settings are what determines the result, but for the images themselves; a run with
+    other settings is refused."""
 
     def __init__(self, args, data, step, names, **settings):
         self.path, self.args = Path(args.out or base_directory(args) / step), args
@@ -1271,8 +1274,9 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "precision": native_precision(args)}
         if (self.path / "run.json").exists():
-            self.info |= {"settings": None} | read_json(self.path / "run.json")
-            self.compare("run.json", self.info["settings"])
+            old = read_json(self.path / "run.json")
+            self.compare("run.json", old.get("settings"))
+            self.info |= old
         elif is_first():
             require_new(self.path)
             self.update()
@@ -1388,7 +1392,10 @@ def native_precision(args):
 def read_run(path):
     """What the run.json says of a directory, or of the one that a file is in; {} without one."""
     file = Path(path if os.path.isdir(path) else Path(path).parent, "run.json")
-    return read_json(file) if file.exists() else {}
+    info = read_json(file) if file.exists() else {}
+    for name in ("settings", "result"):
+        require(isinstance(info.get(name, {}), dict), f"{file} has no sound {name}; move it away")
+    return info
 
 def load(directory):
     """The trained network, in eval mode, of a run directory of `train`."""
@@ -1622,6 +1629,9 @@ def command_prune(args):
     distilling = part(command="train", out=base / "pruned", shape=base / "search", init=None,
                       transfer=transfer, teacher=training.out if trains_teacher else args.teacher)
     data, space, *_ = plan_search(searching)  # all that can go wrong, before hours of training
+    for directory in [training.out] * trains_teacher + [searching.out, distilling.out]:
+        if not (directory / "run.json").exists():
+            require_new(directory)
     if trains_teacher:
         command_train(training)
     elif args.teacher:
@@ -1759,9 +1769,11 @@ def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can fix, 130 when stopped."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        with contextlib.suppress(AttributeError):  # a notebook's; a terminal may lack letters
+            sys.stdout.reconfigure(errors="backslashreplace")
         args = build_parser().parse_args(argv)
-        for name, value in vars(args).items():
-            require(value != "", f"--{name.replace('_', '-')} is empty")  # an unset variable's
+        for name, value in vars(args).items():  # of an unset variable
+            require(value != "", f"{name.replace('_', '-')}: an empty value")
         args.line = shlex.join(["python", "tas.py", *argv])
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         args.function(args)
@@ -1769,6 +1781,10 @@ def main(argv=None):
         return complain(str(error).rsplit("TASError: ", 1)[-1].strip())
     except OSError as error:  # of the disk, of standard output
         return complain(f"{error}; fix that, and the same command goes on")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        return complain(f"{error}; the same command goes on, with --workers 0 without workers")
     except KeyboardInterrupt:
         complain("the same command goes on after the last finished epoch", "stopped")
         return 130

@@ -28,6 +28,7 @@ def take_own(options):
 def plan(targets, options):
     """The directory of all targets, and the command line of each."""
     own, shared = take_own(options)
+    tas.require("" not in vars(own).values(), "--out or --init is empty")
     tas.require(own.flops is None, "leave --flops out; the targets come first, such as 0.5,0.3")
     args = tas.build_parser().parse_args(["prune", *shared])
     base, lines = Path(own.out or tas.base_directory(args)), []

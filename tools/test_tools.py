@@ -1335,7 +1335,8 @@ def test_sweep_prunes_to_several_targets(world, tmp_path):
     ("0.5,../x", "--arch resnet20", ["--flops ../x"]), ("0.5,0.3", "", ["--arch"]),
     ("0.5,0.3", "--arch resnet20 --flops 0.4", ["leave --flops out"]),
     ("0.5,0.3", "--arch resnet20 --flops=0.4", ["leave --flops out"]),
-    ("0.5,0.3", "--arch resnet20 --teacher=", ["--teacher"]),
+    ("0.5,0.3", "--arch resnet20 --teacher=", ["teacher: an empty value"]),
+    *[("0.5,0.3", f"--arch resnet20 {name}=", [f"{name}"]) for name in ("--out", "--init")],
     ("0.5,0.3", "--arch resnet20 --transfer none --init {world}/runs/teacher", ["--init"]),
     ("0.5,0.3", "--arch resnet20 --teacher {world}/runs/search", ["weights.pt"])])
 def test_sweep_refuses_before_it_trains(world, tmp_path, capsys, targets, options, words):

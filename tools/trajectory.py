@@ -2,11 +2,8 @@
 
 import itertools
 import os
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import tas
 from command import printable
 
 BLUE, RED, GREEN, PINK = "#1f77b4", "#d62728", "#2ca02c", "#e377c2"
