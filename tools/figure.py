@@ -21,16 +21,18 @@ UNPRUNED = {"color": "0.4", "marker": "o"}
 def name_series(groups):
     """Legend entries of the rows: the method, and what tells rows of one method apart."""
     sets = {(group[0].arch, group[0].data) for group in groups}
-    names, schedules = [], {}  # name -> the schedules with which it was trained
+    names, details = [], []
     for group in groups:
         first = group[0]
-        name = first.method if len(sets) == 1 else f"{first.arch} on {first.data}: {first.method}"
-        names.append(name)
-        schedules.setdefault(name, set()).add((first.epochs, first.other))
-    for i, group in enumerate(groups):
-        if len(schedules[names[i]]) > 1:
-            names[i] = f"{names[i]}, {group[0].epochs} epochs {group[0].other}".rstrip()
-    return [printable(name)[:60] for name in names]
+        names.append(first.method if len(sets) == 1
+                     else f"{first.arch} on {first.data}: {first.method}")
+        details.append((f"{first.epochs} epochs", first.other, first.precision))
+    series = []
+    for name, own in zip(names, details):
+        rivals = [other for other, theirs in zip(details, names) if theirs == name]
+        differ = [text for text, values in zip(own, zip(*rivals)) if text and len({*values}) > 1]
+        series.append(printable(", ".join([name, *differ]))[:60])
+    return series
 
 def spread(values):
     """Standard deviation; None, no error bar, of a single value."""

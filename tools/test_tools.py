@@ -928,7 +928,10 @@ def test_legends_tell_rows_apart(world):
     run = read(world, "pruned")
     groups = [[run], [changed(run, epochs="9 + 2")], [changed(run, method="random")]]
     assert figure.name_series(groups) == [
-        "tas, 2 + 2 epochs batch-size 6", "tas, 9 + 2 epochs batch-size 6", "random"]
+        "tas, 2 + 2 epochs", "tas, 9 + 2 epochs", "random"]
+    groups = [[run], [changed(run, precision="bf16", other="lr 0.2")], [changed(run, seed=5)]]
+    assert figure.name_series(groups) == [
+        "tas, batch-size 6, fp32", "tas, lr 0.2, bf16", "tas, batch-size 6, fp32"]
     groups = [[run], [changed(run, arch="resnet32")], [changed(run, data="x\n")]]
     assert figure.name_series(groups) == [
         "resnet20 on insects: tas", "resnet32 on insects: tas", r"resnet20 on x\n: tas"]
