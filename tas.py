@@ -1629,7 +1629,10 @@ def command_prune(args):
     distilling = part(command="train", out=base / "pruned", shape=base / "search", init=None,
                       transfer=transfer, teacher=training.out if trains_teacher else args.teacher)
     data, space, *_ = plan_search(searching)  # all that can go wrong, before hours of training
-    for directory in [training.out] * trains_teacher + [searching.out, distilling.out]:
+    directories = [searching.out, distilling.out]
+    if trains_teacher:
+        directories.append(training.out)
+    for directory in directories:
         if not (directory / "run.json").exists():
             require_new(directory)
     if trains_teacher:
@@ -1780,7 +1783,8 @@ def main(argv=None):
     except TASError as error:  # its last part, when a worker process raised it
         return complain(str(error).rsplit("TASError: ", 1)[-1].strip())
     except OSError as error:  # of the disk, of standard output
-        return complain(f"{error}; fix that, and the same command goes on")
+        reason = str(error).rsplit("\n", 1)[-1]  # the last line of a worker's
+        return complain(f"{reason}; fix that, and the same command goes on")
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

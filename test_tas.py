@@ -2006,6 +2006,7 @@ def test_a_loss_that_is_not_finite_is_located(root, tmp_path, capfd, monkeypatch
 @pytest.mark.parametrize("error, word", [
     (OSError(24, "Too many open files"), "Too many open files"),
     (PermissionError(13, "Permission denied", "/x"), "/x"),
+    (OSError("Caught OSError in worker\nTraceback\nOSError: no disk"), "error: OSError: no disk"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers 0")])
 def test_errors_of_the_machine_are_one_line(root, capfd, monkeypatch, error, word):
     def fail(*_, **__):
