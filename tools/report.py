@@ -8,6 +8,7 @@ published for the same arch and data set. The figure's search is the first below
 """
 
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from finished import cost_cells, group_trainings, mean, read_run, teacher_cells
 from trajectory import search_rows
 
 PAPER = tas.read_json(Path(__file__).with_name("paper.json"))
+NEAR = 0.1  # of the MACs, by which a network of the paper may differ to stand beside ours
 
 def find_runs(directories):
     """All finished runs, each once. One that is damaged is named on stderr and left out."""
@@ -46,16 +48,28 @@ def published(groups):
                 rows.append({"data": table["data"], **dict(zip(PAPER["columns"], cells))})
     return rows
 
+def in_macs(text):
+    """The number of a text such as 59.5M."""
+    return float(text[:-1]) * {"M": 1e6, "G": 1e9}[text[-1]]
+
+def beside(group, others):
+    """What the paper has for such a network and transfer at about the same MACs; "-" if nothing."""
+    first, macs = group[0], statistics.mean(each.macs for each in group)
+    ours = first.method, first.transfer, first.arch, first.data
+    for other in others:
+        theirs = other["size found by"].lower(), other["transfer"], other["arch"], other["data"]
+        size, accuracy = other["MACs"], other["accuracy %"]
+        if theirs == ours and not size:  # of unpruned networks
+            return accuracy
+        if theirs == ours and abs(in_macs(size) - macs) <= NEAR * macs:
+            return f"{accuracy} at {size}"
+    return "-"
+
 def row(group, parent, others):
     """Our row, column -> text."""
     first = group[0]
     teacher, drop = teacher_cells(group)
     target, reached = cost_cells(group)
-    paper = "-"
-    for other in others:
-        found = other["size found by"].lower(), other["transfer"], other["arch"], other["data"]
-        if found == (first.method, first.transfer, first.arch, first.data):
-            paper = f"{other['accuracy %']} at {other['MACs']}"
     return {
         "arch": first.arch, "data": first.data, "size found by": first.method,
         "transfer": first.transfer,
@@ -67,7 +81,7 @@ def row(group, parent, others):
         "seeds": " ".join(str(each.seed) for each in group), "epochs": first.epochs,
         "precision": first.precision, "other settings": first.other,
         "training minutes": mean([each.seconds / 60 for each in group], 1),
-        "paper (as transcribed)": paper,
+        "paper (as transcribed)": beside(group, others),
         "runs": ", ".join(os.path.relpath(each.path, parent) for each in group)}
 
 def table(rows):
