@@ -145,10 +145,10 @@ budgets() {
     for seed in ${SEEDS:-0 1}; do
         for target in 0.3 0.2 0.4; do
             row "$study" "warm-$target" "$seed" kd 15 "$target" --align pad \
-                --epochs "${EPOCHS:-8}"
+                --tau-start 3 --epochs "${EPOCHS:-4}"
         done
     done
-    cost 41 50 "$(awk 'BEGIN { print 12 * 2.5 * 12 + 6 * 2.5 * 8 + 33 * 1.9 * 15 }')"
+    cost 41 50 "$(awk 'BEGIN { print 12 * 2.5 * 12 + 6 * 2.5 * 4 + 33 * 1.9 * 15 }')"
     run tools/report.py "$study"
 }
 
