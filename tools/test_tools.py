@@ -677,6 +677,20 @@ def test_report_of_runs_of_other_versions(world, tmp_path):
         assert row[column] == "not recorded"
     assert "not recorded" in (base / "report.md").read_text().split("Machine: ")[1]
 
+def test_the_paper_stands_beside_networks_of_its_size():
+    """Within a tenth of ours; one whose MACs are unknown, by its method alone."""
+    def look(macs, size, method="tas", arch="resnet18"):
+        ours = SimpleNamespace(method=method, transfer="kd", arch=arch, data="imagenet", macs=macs)
+        other = {"size found by": "TAS", "transfer": "kd", "arch": "resnet18", "data": "imagenet",
+                 "MACs": size, "accuracy %": "69.15"}
+        return report.beside([ours], [other])
+
+    assert look(1.2e9, "1.21G") == look(1.11e9, "1.21G") == "69.15 at 1.21G"
+    assert look(1.3e6, "1.21M") == "69.15 at 1.21M" and look(5e8, "") == "69.15"
+    for wrong in (look(1.09e9, "1.21G"), look(1.36e9, "1.21G"), look(1.2e9, "1.21M"),
+                  look(1.2e9, "1.21G", method="random"), look(5e8, "", arch="resnet50")):
+        assert wrong == "-"
+
 def test_report_reads_the_committed_runs(tmp_path, capsys):
     """All of them, and each accuracy is in the mean of its row."""
     results = HERE.parent / "results"
