@@ -1284,11 +1284,6 @@ class Run:
         self.bar, self.last = None, ""
         wait_for_all()  # nobody writes a result before all have looked for one
 
-    @property
-    def result(self):
-        """What a finished run gave, else None."""
-        return self.info.get("result")
-
     def compare(self, name, old):
         """TASError unless the settings in a file of the run, `old`, are those of this command."""
         path, odd = self.path / name, []
@@ -1356,8 +1351,8 @@ class Run:
         if self.bar.disable and not self.args.quiet:
             values = [f"{name} {value:.5g}" for name, value in line.items() if name != "epoch"]
             minutes = line["seconds"] * (self.args.epochs - line["epoch"]) / 60
-            say(f"{self.path.name} {line['epoch']}/{self.args.epochs}: {', '.join(values)}, "
-                f"{minutes:.0f} min left")
+            print(f"{self.path.name} {line['epoch']}/{self.args.epochs}: {', '.join(values)}, "
+                  f"{minutes:.0f} min left")
 
     def finish(self, final, metrics, **result):
         """Write the final Shape and the result."""
@@ -1493,12 +1488,12 @@ def summary(shape):
 
 def print_result(args, text, program, *words):
     """Print what a command made and, unless more of `prune` follows, the next command."""
-    say(text)
+    print(text)
     if program.startswith("tas.py"):
         words = ("--data", args.data, "--data-dir", args.data_dir, "--image-size", args.image_size,
                  *words)
     if not args.more:
-        say(f"next: python {program} {shlex.join(map(str, words))}")
+        print(f"next: python {program} {shlex.join(map(str, words))}")
 
 def require_classes(path, net, data):
     """TASError unless the data has the classes that the network of a directory was trained on."""
@@ -1519,7 +1514,7 @@ def load_teacher(args, shape, data):
 def measure_teacher(args, data, teacher):
     """Print and return the teacher's accuracy in % on the test images; warn near chance."""
     accuracy, _ = evaluate(to_device(teacher, args), data.test, args)
-    say(f"teacher {args.teacher}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images")
+    print(f"teacher {args.teacher}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images")
     chance = 100 / len(data.classes)
     if accuracy < chance + (100 - chance) / 10:
         warn("the teacher is near chance; are these its classes, in its order, and its shortcuts?")
@@ -1553,7 +1548,7 @@ def command_train(args):
     teacher = load_teacher(args, shape, data) if args.teacher else None
     run = Run(args, data, "teacher" if shape == full else "pruned", TRAIN_SETTINGS,
               shape=dataclasses.asdict(shape), teacher=checksum(teacher), init=checksum(start))
-    if run.result is None:
+    if not run.info.get("result"):
         above = measure_teacher(args, data, teacher) if teacher else None
         torch.manual_seed(args.seed)
         net, (prepare, distil) = ResNet(shape), TRANSFERS[args.transfer]
@@ -1573,8 +1568,9 @@ def command_train(args):
     following = ["tools/export.py", run.path]
     if shape == full:
         following = ["tas.py search", "--arch", args.arch, "--flops", FLOPS]
-    print_result(args, f"{run.path}: {args.arch}, accuracy {run.result['accuracy']:.2f}% on "
-                 f"{args.data}, {summary(shape)}", *following)
+    accuracy = run.info["result"]["accuracy"]
+    print_result(args, f"{run.path}: {args.arch}, accuracy {accuracy:.2f}% on {args.data}, "
+                 f"{summary(shape)}", *following)
 
 def plan_search(args):
     """All that can go wrong before a search. Returns its Data, Space and target, and a Shape in the
@@ -1598,13 +1594,12 @@ def command_search(args):
         args.arch_lr = min(MOST_ARCH_LR, ARCH_LR * max(1, ARCH_STEPS / max(1, steps)))
     table = zlib.crc32(repr(space.cost.tolist()).encode()) if args.cost else None
     run = Run(args, data, "search", SEARCH_SETTINGS, target=target, unit=space.unit, cost=table)
-    if run.result is None:
+    if not run.info.get("result"):
         metrics = []
         if args.method == "tas":
             torch.manual_seed(args.seed)
             shape, metrics = search(run, data, space, target)
-        run.finish(shape, metrics, shape=dataclasses.asdict(shape),
-                   cost=space.cost_of(shape) if args.cost else None)
+        run.finish(shape, metrics, cost=space.cost_of(shape) if args.cost else None)
     shape = Shape.load(run.path)
     met = f"{space.show(space.cost_of(shape))}, " if args.cost else ""
     file, teacher = run.path / "shape.json", run.path.parent / "teacher"
@@ -1629,10 +1624,7 @@ def command_prune(args):
     distilling = part(command="train", out=base / "pruned", shape=base / "search", init=None,
                       transfer=transfer, teacher=training.out if trains_teacher else args.teacher)
     data, space, *_ = plan_search(searching)  # all that can go wrong, before hours of training
-    directories = [searching.out, distilling.out]
-    if trains_teacher:
-        directories.append(training.out)
-    for directory in directories:
+    for directory in (searching.out, distilling.out):  # the teacher's is looked at as it begins
         if not (directory / "run.json").exists():
             require_new(directory)
     if trains_teacher:
@@ -1672,9 +1664,6 @@ def number(kind, low, high):
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help with the defaults, but for those that depend on other options."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=36)
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
@@ -1738,7 +1727,7 @@ def build_parser():
         command = commands.add_parser(
             function.__name__.removeprefix("command_"), parents=parents, help=function.__doc__,
             description=function.__doc__, usage="%(prog)s [options]", allow_abbrev=False,
-            formatter_class=Help)
+            formatter_class=functools.partial(Help, max_help_position=36))
         # The last three are options of all commands but eval; `prune` sets `more`.
         command.set_defaults(function=function, more=False, arch=None, epochs=None,
                              weight_decay=None)
@@ -1753,10 +1742,6 @@ def build_parser():
     add = add_command(command_eval, data)
     add("dir", help="directory of a finished train")
     return parser
-
-def say(text):
-    """Print a line."""
-    print(text, flush=True)
 
 def complain(text, kind="error"):
     """One line on stderr; the exit status of what the user can fix."""
@@ -1773,7 +1758,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
         with contextlib.suppress(AttributeError):  # a notebook's; a terminal may lack letters
-            sys.stdout.reconfigure(errors="backslashreplace")
+            sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
         args = build_parser().parse_args(argv)
         for name, value in vars(args).items():  # of an unset variable
             require(value != "", f"{name.replace('_', '-')}: an empty value")
