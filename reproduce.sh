@@ -140,7 +140,7 @@ budgets() {
     for target in 0.3 0.2 0.4; do
         row "$study" "random-$target" 2 kd 15 "$target" --method random
     done
-    # Beyond the paper: searches from the weights of the teacher, which pad; one from nothing that pads.
+    # Beyond the paper: searches that pad, one from nothing and others from the teacher's weights.
     row "$study" pad-0.3 0 kd 15 0.3 --align pad
     searching=(tools/warm.py "$teacher")
     warm() {  # warm TARGET SEED
