@@ -32,7 +32,7 @@ setup() {  # a python that has the packages is used, else the active environment
     local packages='import torch, torchvision, tqdm, matplotlib, pytest, hypothesis'
     python -c "$packages" 2>/dev/null && return
     if [ -z "${VIRTUAL_ENV:-}" ]; then
-        [ -x .venv/bin/python ] || python3 -m venv .venv
+        .venv/bin/python -m pip --version >/dev/null 2>&1 || python3 -m venv .venv
         PATH="$PWD/.venv/bin:$PATH"
     fi
     python -c "$packages" 2>/dev/null || python -m pip install -r requirements.txt
@@ -49,10 +49,15 @@ cost() {  # MACs of the unpruned network in millions, thousands of images, passe
 
 # Passes: a training step costs three forward passes of its images (forward and twice backward), a
 # search step three of one half and two of the other, distillation one of the teacher more.
-passes() {  # epochs of the teacher, of the search, of how many pruned networks, kept share of MACs
-    awk -v t="${EPOCHS:-$1}" -v s="${EPOCHS:-$2}" -v e="${EPOCHS:-300}" -v k="$3" -v f="$4" \
+# Epochs of the teacher and of the search, how many pruned networks, their share of MACs and epochs.
+passes() {
+    awk -v t="${EPOCHS:-$1}" -v s="${EPOCHS:-$2}" -v e="${EPOCHS:-${5:-300}}" -v k="$3" -v f="$4" \
         -v teacher="$1" -v search="$2" 'BEGIN { print 3 * t * (teacher > 0) \
             + 2.5 * s * (search > 0) + k * (3 * f + 1) * e }'
+}
+
+fixed_cost() {  # MACs and passes of a plan, unless its epochs or seeds are others
+    [ -n "${EPOCHS:-}${SEEDS:-}" ] || cost "$1" 50 "$2"
 }
 
 smoke() {
@@ -119,7 +124,7 @@ cpu() {  # most telling first
     for seed in 1 2; do published "$study" "$seed" kd 15; done
     seeds none 0 1 2
     for seed in 0 1 2; do published "$study" "$seed" none 15; done
-    cost 41 50 "$(passes 20 0 0 0.55 | awk '{print $1 + 7 * 2.5 * 12 + 29 * 2.65 * 15}')"
+    fixed_cost 41 "$(awk 'BEGIN { print 3 * 20 + 9 * 2.5 * 12 + (17 * 2.65 + 12 * 1.65) * 15 }')"
     run tools/report.py "$study/tas-0" "$study" --out "$study"
 }
 
@@ -150,7 +155,7 @@ budgets() {
         for target in 0.3 0.2 0.4 0.55; do warm "$target" "$seed"; done
     done
     warm 0.55 2
-    cost 41 50 "$(awk 'BEGIN { print (7 * 12 + 9 * 4) * 2.5 + (30 * 1.9 + 3 * 2.65) * 15 }')"
+    fixed_cost 41 "$(awk 'BEGIN { print (7 * 12 + 9 * 4) * 2.5 + (30 * 1.9 + 3 * 2.65) * 15 }')"
     run tools/report.py "$study"
 }
 
@@ -168,7 +173,7 @@ latency() {  # scaled widths, and searches under MACs, in multiples of 8 and und
         done
         run tools/bench.py "$arch" --shape "$study/$arch"-*/search --json "$study/$arch-times.json"
         run tools/times.py "$study/$arch-times.json"
-        cost "$macs" 50 "$(awk 'BEGIN { print 3 * 20 + 6 * 2.5 * 12 + 8 * 2.2 * 15 }')"
+        fixed_cost "$macs" "$(awk 'BEGIN { print 3 * 20 + 6 * 2.5 * 12 + 8 * 2.2 * 15 }')"
     done <<<$'resnet20 41\nresnet56 126'
     run tools/report.py "$study"
 }
@@ -198,7 +203,7 @@ table() {  # the targets are the achieved costs of the paper's rows
                 --seed "$seed" --out "$root/$data-$arch-$seed" "${trial[@]}"
             [ "$data" != imagenet ] || set -- "$@" --data-dir "$IMAGENET"
             run "$@"
-            cost "$macs" "$images" "$(passes "$epochs" "$searched" 1 "$share")"
+            cost "$macs" "$images" "$(passes "$epochs" "$searched" 1 "$share" "$epochs")"
         done
     done < <(
         printf '%s 300 600\n' "cifar10 resnet20 0.550 41 50" "cifar10 resnet32 0.506 69 50" \

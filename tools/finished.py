@@ -1,20 +1,18 @@
-"""The finished runs of a report: read, checked, named, and sorted into rows.
+"""The finished runs of a report: read, checked and named.
 
 A run is what `tas.py train` or `search` leaves in a directory. Runs of other versions may lack an
 entry; what is missing is None or "not recorded" here.
 """
 
 import json
-import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tas
-from naming import MACS, argument, name_method, unusual
+from naming import MACS, MISSING, argument, name_method, unusual
 
-MISSING = "not recorded"
 MEASURED = {  # what every line of metrics.jsonl must have
     "train": ("epoch", "test_accuracy"),
     "search": ("epoch", "expected_macs", "argmax_macs", "width_discrepancy", "depth_discrepancy")}
@@ -93,38 +91,4 @@ def fields(path, info, shape, search, lines):
         params=number(result["params"]), seconds=number(result["seconds"]),
         accuracy=number(result["accuracy"]) if training else None,  # in %
         teacher=None if teacher is None else number(teacher),       # its accuracy in %
-        has_teacher=settings.get("teacher") is not None)
-
-def group_trainings(runs):
-    """Rows: sorted lists of the trainings that differ in nothing but the seed."""
-    groups = {}
-    for each in sorted(runs, key=lambda each: each.seed):
-        if each.training:
-            key = each.arch, each.data, each.method, each.transfer, each.same
-            groups.setdefault(key, []).append(each)
-    return [groups[key] for key in sorted(groups)]
-
-def mean(values, digits=2):
-    """Mean ± standard deviation in words."""
-    if None in values:
-        return MISSING
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
-
-def teacher_cells(group):
-    """The teacher's accuracy, and how far below it the row is."""
-    if not any(each.has_teacher for each in group):
-        return "-", "-"
-    teachers = [each.teacher for each in group]
-    if None in teachers:
-        return MISSING, MISSING
-    return mean(teachers), mean([each.teacher - each.accuracy for each in group])
-
-def cost_cells(group):
-    """The target, and the cost of the networks where it is counted in another unit than MACs."""
-    first = group[0]
-    if first.target is None:
-        return "-", "-"
-    if first.unit == MACS:
-        return f"{first.target / 1e6:.2f}M MACs", "-"
-    return f"{first.target:.4g} {first.unit}", mean([each.cost for each in group])
+        teacher_id=settings.get("teacher"))  # a checksum; None without one

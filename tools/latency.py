@@ -26,10 +26,11 @@ def measure(args, space, found):
     """Fill found["cases"], milliseconds by layer and widths, and write it after each step."""
     from tqdm import tqdm
     widths = [*space.widths, *[space.widths[i] for i in space.last_conv[:, 0].tolist()], (1,)]
-    steps = {}  # (layer, c_in) -> candidates of c_out
+    steps = {}  # (layer, c_in) -> candidates of c_out, of all convs that are such a layer
     for layer, i, o in zip(describe_layers(space), space.c_in.tolist(), space.c_out.tolist()):
         for c_in in widths[i]:
-            steps[layer, 3 if layer[0] == "stem" else c_in] = widths[o]
+            step = layer, 3 if layer[0] == "stem" else c_in
+            steps[step] = sorted({*steps.get(step, ()), *widths[o]})
     for (layer, c_in), outputs in tqdm(steps.items(), unit="step", disable=None):
         names = {c_out: f"{layer} {c_in} {c_out}" for c_out in outputs}
         if all(name in found["cases"] for name in names.values()):
@@ -89,9 +90,9 @@ def latency(args):
     tas.setup(args)
     args.precision = tas.native_precision(args)
     space = tas.Space(args.arch, args.classes, args.image_size, round_to=args.round)
-    found = {"arch": args.arch, "image_size": space.full.image_size, "unit": "ms",
-             "widths": [list(row) for row in space.widths], "batch_size": args.batch_size,
-             "precision": args.precision, "machine": tas.machine(args.device),
+    found = {"arch": args.arch, "classes": args.classes, "image_size": space.full.image_size,
+             "unit": "ms", "widths": [list(row) for row in space.widths],
+             "batch_size": args.batch_size, "precision": args.precision, "machine": tas.machine(args.device),
              "torch": torch.__version__, "cases": {}}
     if Path(args.out).exists():
         old = tas.read_json(args.out)

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tas
 
 MACS = "MACs"  # the unit of a search without --cost
+MISSING = "not recorded"
 OWN_COLUMN = "arch", "data", "seed", "precision", "method", "transfer"  # of the table
 SHARED = "batch_size", "lr"  # settings of a search that are told of the training alone
 

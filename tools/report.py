@@ -17,7 +17,8 @@ import tas
 from command import markdown, printable, run
 from events import write_events
 from figure import draw
-from finished import cost_cells, group_trainings, mean, read_run, teacher_cells
+from finished import read_run
+from rows import cost_cells, group_trainings, mean, teacher_cells
 from trajectory import search_rows
 
 PAPER = tas.read_json(Path(__file__).with_name("paper.json"))

@@ -53,6 +53,10 @@ def check(line):
     args.command = "search"
     tas.plan_search(args)
 
+def is_begun(line):
+    """Whether there is a search of a target."""
+    return Path(line[line.index("--out") + 1], "search/run.json").exists()
+
 def sweep(args):
     """Prune to all targets and report; the exit status of the first part that fails, else 0."""
     tas.require(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun takes one target at a time: "
@@ -61,7 +65,8 @@ def sweep(args):
     base, lines = plan(targets, args.options)
     for line in lines:
         check(line)
-    for line in lines:
+    # Targets that were begun come first: one with other settings is refused before hours of others.
+    for line in sorted(lines, key=lambda line: not is_begun(line)):
         status = tas.main(line)
         if status:
             return status

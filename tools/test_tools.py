@@ -632,6 +632,35 @@ def test_report_keeps_other_settings_apart(world, tmp_path):
     assert status == 0 and sorted(row["seeds"] for row in table) == ["0"] * 7 + ["0 7"]
     other = {row["runs"]: row["other settings"] for row in table}
     assert other["1"] == "lr 0.2, batch-size 6" and other["3"] == "batch-size 3"
+    assert other["6"] == ("batch-size 6, new-setting 1, precision fp32, weight-decay 0.0005")
+    assert len(set(other.values())) == 7  # the one in another precision has a column for it
+
+def test_report_tells_rows_apart_that_look_alike(world, tmp_path):
+    """By the settings in which they differ, which may have no default to differ from."""
+    rates = {"a": 0.05, "b": 0.02, "c": 0.05}
+    for seed, (name, rate) in enumerate(rates.items()):
+        directory = shutil.copytree(world / "runs" / "pruned", tmp_path / name)
+        search = tas.read_json(directory / "run.json")["result"]["search"]
+        change(directory, seed=seed, search=search | {"arch_lr": rate, "target": 1e6 * (1 + seed)})
+    _, (table,) = make_report(tmp_path)
+    assert {row["runs"]: row["other settings"] for row in table} == {
+        name: f"batch-size 6, search arch-lr {rate}" for name, rate in rates.items()}
+    _, (table,) = make_report(tmp_path / "a", tmp_path / "c", tmp_path)
+    assert {row["other settings"] for row in table} == {"batch-size 6, search arch-lr 0.02",
+                                                        "batch-size 6, search arch-lr 0.05"}
+
+def test_report_keeps_two_teachers_of_one_seed_apart(world, tmp_path):
+    """Their difference is no spread over seeds; a teacher for each seed shares a row."""
+    for name, seed, teacher in (("a", 0, 7), ("b", 1, 8), ("c", 0, 9)):
+        directory = shutil.copytree(world / "runs" / "pruned", tmp_path / name)
+        change(directory, seed=seed, teacher=teacher)
+    _, (table,) = make_report(tmp_path)
+    assert sorted((row["seeds"], row["other settings"]) for row in table) == [
+        ("0", "batch-size 6, teacher 7"), ("0", "batch-size 6, teacher 9"),
+        ("1", "batch-size 6, teacher 8")]
+    shutil.rmtree(tmp_path / "c")
+    _, (table,) = make_report(tmp_path)
+    assert [(row["seeds"], row["other settings"]) for row in table] == [("0 1", "batch-size 6")]
 
 def test_report_keeps_given_shapes_apart(world, tmp_path):
     """Without a search, networks of other shapes are other networks."""
@@ -999,6 +1028,24 @@ def test_times_beside_accuracies(world, tmp_path, capsys):
     assert f"| {' | '.join(cells)} | " in text and text in capsys.readouterr().out
     assert text.count("\n") == 3 and (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
+def test_times_of_many_methods(world, tmp_path, monkeypatch):
+    """More than there are colours; init+kd is distillation, too."""
+    shapes, drawn, plain = {}, [], Figure.savefig
+    for i in range(14):
+        base = shutil.copytree(world / "runs", tmp_path / str(i))
+        search = tas.read_json(base / "search/run.json")["settings"]
+        change(base / "pruned", search=search | {"num_samples": i + 3},
+               transfer="init+kd" if i else "kd")
+        shapes[f"{base}/search"] = (1 + i, 6)
+    file = write_times(tmp_path / "all.json", unpruned=(2, 8), **shapes)
+    monkeypatch.setattr(Figure, "savefig", lambda part, *rest, **more: drawn.append(part) or plain(
+        part, *rest, **more))
+    assert times.main([str(file)]) == 0
+    [part] = drawn
+    assert [len(axis.get_lines()) for axis in part.axes] == [14, 14]
+    looks = {(line.get_color(), line.get_marker()) for line in part.axes[0].get_lines()}
+    assert len(looks) == len(part.legends[0].get_texts()) == 14
+
 def test_times_of_what_cannot_be_told(world, tmp_path, capsys):
     only = write_times(tmp_path / "only.json", unpruned=(2, 8))
     check_refused(capsys, times, only, words=[only, "unpruned"])
@@ -1105,8 +1152,37 @@ def test_latency_of_an_arch(tmp_path, capsys, monkeypatch):
     assert min(found["cases"].values()) > 0 and len(found["check"]["measured"]) == 20
     assert Image.open(tmp_path / "t.png").size == (550, 550)
     assert "correlation" in capsys.readouterr().out
-    assert latency.main(f"{line} --batch-size 3".split()) == 2
-    assert "batch_size" in capsys.readouterr().err
+    for other, word in (("--batch-size 3", "batch_size"), ("--classes 9", "classes")):
+        check_refused(capsys, latency, *line.split(), *other.split(), words=[word])
+
+@pytest.mark.parametrize("arch", tas.ARCHS)
+def test_every_arch_has_a_time_for_every_pair_of_widths(tmp_path, monkeypatch, arch):
+    """Convs that are alike but for their candidates are timed at those of all of them."""
+    timed = {}
+
+    def medians(cases, *rest):
+        assert not timed.keys() & cases.keys()
+        for name in cases:
+            timed[name] = len(timed) + 1.0
+        return {name: (timed[name], None) for name in cases}
+
+    monkeypatch.setattr(latency, "medians", medians)
+    monkeypatch.setattr(latency, "make_case", lambda *rest: None)
+    monkeypatch.setattr(tas, "write_file", lambda *rest: None)
+    args = SimpleNamespace(batch_size=1, device=torch.device("cpu"), precision="fp32", rounds=1,
+                           out=tmp_path / "t.json")
+    space, found = tas.Space(arch, 10), {"cases": {}}
+    latency.measure(args, space, found)
+    exits = [space.widths[sum(map(len, itertools.chain(*space.full.stages[:s + 1])))]
+             for s in range(len(space.depths))]
+    widths = [*space.widths, *exits, (1,)]  # the list of Layer
+    for layer, table, c_in, c_out in zip(layers.describe_layers(space), found["cost"], space.c_in,
+                                         space.c_out, strict=True):
+        if layer[0] != "stem":  # whose input has three colours
+            for a, before in enumerate(widths[c_in]):
+                for b, after in enumerate(widths[c_out]):
+                    assert table[a][b] == timed[f"{layer} {before} {after}"]
+    assert found["cases"] == timed
 
 # ---- Weights from elsewhere ---------------------------------------------------------------------
 
@@ -1371,6 +1447,14 @@ def test_sweep_finds_what_is_in_the_way_of_a_later_target(world, tmp_path, capsy
     line = f"0.5,0.3 {CHEAP} --data-dir {world}/insects --arch resnet20 --out {tmp_path}"
     check_refused(capsys, sweep, *line.split(), words=[tmp_path / "0.3/search"])
     assert not (tmp_path / "0.5").exists()
+
+def test_sweep_refuses_a_begun_target_before_it_trains_a_new_one(world, tmp_path, capsys):
+    place = f"{CHEAP} --data-dir {world}/insects --arch resnet20 --teacher {world}/runs/teacher"
+    assert sweep.main(f"0.5 {place} --method uniform --epochs 1 --out {tmp_path}".split()) == 0
+    before = contents(tmp_path)
+    line = f"0.3,0.5 {place} --method uniform --epochs 2 --out {tmp_path}"
+    check_refused(capsys, sweep, *line.split(), words=[tmp_path / "0.5/search", "epochs was 1"])
+    assert contents(tmp_path) == before
 
 def test_sweep_under_torchrun(capsys, monkeypatch):
     """A second part there would wait for ever for its group of processes."""

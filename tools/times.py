@@ -9,6 +9,7 @@ distillation is found beside each search.
 
 import io
 import sys
+from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,7 +36,7 @@ def find_network(search):
     shape = tas.Shape.load(search)
     for path in sorted(Path(search).parent.glob("*/run.json")):
         found = read_run(path.parent)
-        if found and found.transfer == "kd" and found.shape == shape:
+        if found and found.transfer in ("kd", "init+kd") and found.shape == shape:
             return found
     raise tas.TASError(f"no network of {search} was trained by distillation beside it")
 
@@ -46,7 +47,7 @@ def draw(networks, times, path):
     unpruned = times["unpruned"]
     methods = sorted({network.method for network in networks.values()})
     for axis, batch in zip(figure.subplots(1, len(unpruned), squeeze=False)[0], unpruned):
-        for method, colour, marker in zip(methods, COLOURS, MARKERS):
+        for method, colour, marker in zip(methods, cycle(COLOURS), cycle(MARKERS)):
             points = []
             for shape, network in networks.items():
                 if network.method == method:
