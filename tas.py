@@ -18,6 +18,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import functools
 import io
 import itertools
@@ -63,7 +64,7 @@ MOST_ARCH_LR = 0.05             # a shorter search has ARCH_LR * ARCH_STEPS / it
 ARCH_BETAS = 0.5, 0.999         # (paper)
 ARCH_WEIGHT_DECAY = 1e-3        # (paper)
 ARCH_INIT = 0.01                # standard deviation of the first logits (paper)
-ABSENT = -1e4                   # logit of a candidate that a row lacks: probability 0 (ours)
+ABSENT = -1e9                   # logit of what a row lacks: probability 0, whatever Adam adds (ours)
 # The weights, in search and training: SGD with Nesterov momentum.
 LR = 0.1                        # at its highest; a cosine to 0 (paper), step by step (ours)
 MOMENTUM = 0.9                  # (paper)
@@ -952,9 +953,10 @@ def open_folder(root):
         return ImageFolder(root, loader=read_image)
 
 def open_folders(root):
-    """The ImageFolders root/train and root/test or, without test, root/val."""
+    """The ImageFolders root/train and root/test or, where that has no classes, root/val."""
     train = open_folder(root / "train")
-    test = open_folder(root / ("test" if (root / "test").is_dir() else "val"))
+    has_test = any(path.is_dir() for path in (root / "test").glob("*"))
+    test = open_folder(root / ("test" if has_test else "val"))
     odd = sorted(set(train.classes) ^ set(test.classes))
     require(not odd, f"{train.root} and {test.root} must have the same class folders; only one has "
             f"{', '.join(odd)[:80]}")
@@ -979,7 +981,7 @@ def load_data(name, root, image_size, device, workers):
             return Data(*[LargeImages(f, image_size, device, workers) for f in folders], classes)
         splits = [read_all(folder, image_size, workers) for folder in folders]
     elif image_size != CIFAR_SIZE:
-        raise TASError(f"{name} has images of 32 pixels; leave --image-size out")
+        raise TASError(f"{name} has images of 32 pixels, not {image_size}; give --image-size 32")
     elif name == "synthetic":
         splits = [make_synthetic(count, seed) for count, seed in zip(SYNTHETIC_IMAGES, (1, 2))]
         classes = list("0123456789")
@@ -1264,6 +1266,8 @@ class Run:
     epoch). The settings are what determines the result, but for the images themselves; a run with
     other settings is refused."""
 
+    bar = None  # on the terminal, of the run that goes on in this process
+
     def __init__(self, args, data, step, names, **settings):
         self.path, self.args = Path(args.out or base_directory(args) / step), args
         self.settings = {name: getattr(args, name) for name in (*SETTINGS, *names)} | settings | {
@@ -1281,7 +1285,7 @@ class Run:
             require_new(self.path)
             self.update()
         args.precision = self.info["precision"]
-        self.bar, self.last = None, ""
+        Run.bar, self.last = None, ""
         wait_for_all()  # nobody writes a result before all have looked for one
 
     def compare(self, name, old):
@@ -1320,7 +1324,7 @@ class Run:
         """Pairs (number of the step in the whole run, batch) of an epoch of `count` steps; shows
         them as a bar on a terminal, with what the last one put into `seen`."""
         from tqdm import tqdm
-        self.bar = self.bar or tqdm(
+        Run.bar = self.bar or tqdm(
             total=count * self.args.epochs, initial=count * epoch, unit="step", dynamic_ncols=True,
             disable=self.args.quiet or not is_first() or None)  # None: without a terminal
         self.bar.set_description(f"{self.path.name}, epoch {epoch + 1} of {self.args.epochs}")
@@ -1356,6 +1360,7 @@ class Run:
 
     def finish(self, final, metrics, **result):
         """Write the final Shape and the result."""
+        close_bar()
         if is_first():
             for left in self.path.glob("*.tmp"):  # by a killed process
                 left.unlink()
@@ -1365,6 +1370,11 @@ class Run:
             "full_macs": count_macs(final.full),
             "seconds": round(sum(line["seconds"] for line in metrics), 1)})
         wait_for_all()  # the next step of `prune` reads these files
+
+def close_bar():
+    """Leave the bar as it is, so that what is printed begins a line of its own."""
+    if Run.bar:
+        Run.bar.close()
 
 def machine(device):
     """Name of the GPU, or of the processor and its number of threads."""
@@ -1421,10 +1431,11 @@ def setup(args):
         torch.zeros(1, device=args.device).double().item()  # fails where it cannot compute
     started = torch.distributed.is_torchelastic_launched() or args.world > 1
     if started and not torch.distributed.is_initialized():
+        patience = datetime.timedelta(hours=12)  # of those that wait for one that reads images
         if args.device.type == "cuda":
-            torch.distributed.init_process_group("nccl", device_id=args.device)
+            torch.distributed.init_process_group("nccl", timeout=patience, device_id=args.device)
         else:
-            torch.distributed.init_process_group("gloo")
+            torch.distributed.init_process_group("gloo", timeout=patience)
     if not is_first():  # one process speaks for all
         sys.stdout = open(os.devnull, "w")
     torch.backends.cudnn.benchmark = True
@@ -1495,9 +1506,13 @@ def print_result(args, text, program, *words):
     if not args.more:
         print(f"next: python {program} {shlex.join(map(str, words))}")
 
+def trained_classes(path, data):
+    """Names of the classes of the network of a directory; those of the data where none are told."""
+    return read_run(path).get("result", {}).get("classes", data.classes)
+
 def require_classes(path, net, data):
     """TASError unless the data has the classes that the network of a directory was trained on."""
-    classes = read_run(path).get("result", {}).get("classes", data.classes)
+    classes = trained_classes(path, data)
     require(len(data.classes) == net.shape.num_classes and classes == data.classes,
             f"{path} was trained on {net.shape.num_classes} classes, {str(classes)[:100]}; "
             f"the data has {len(data.classes)}, {str(data.classes)[:100]}; choose another one")
@@ -1553,8 +1568,9 @@ def command_train(args):
         torch.manual_seed(args.seed)
         net, (prepare, distil) = ResNet(shape), TRANSFERS[args.transfer]
         if start:
-            if start.shape.num_classes != shape.num_classes:  # a new classifier
-                start.fc = net.fc
+            if (start.shape.num_classes != shape.num_classes
+                    or trained_classes(args.init, data) != data.classes):
+                start.fc = net.fc  # a new classifier
             net.load_state_dict(start.state_dict())
         if prepare:
             prepare(net, teacher)
@@ -1586,14 +1602,18 @@ def plan_search(args):
         return data, space, target, scale_shape(space, target, args.tolerance, args.round)
     return data, space, target, draw_shape(space, target, args.tolerance)
 
-def command_search(args):
-    """Search the sizes of --arch that meet --flops; leaves shape.json."""
-    data, space, target, shape = plan_search(args)
+def open_search(args, data, space, target):
+    """The Run of a search, begun or to begin."""
     if args.arch_lr is None:
         steps = len(data.train.labels) // 2 // args.batch_size * args.epochs
         args.arch_lr = min(MOST_ARCH_LR, ARCH_LR * max(1, ARCH_STEPS / max(1, steps)))
     table = zlib.crc32(repr(space.cost.tolist()).encode()) if args.cost else None
-    run = Run(args, data, "search", SEARCH_SETTINGS, target=target, unit=space.unit, cost=table)
+    return Run(args, data, "search", SEARCH_SETTINGS, target=target, unit=space.unit, cost=table)
+
+def command_search(args):
+    """Search the sizes of --arch that meet --flops; leaves shape.json."""
+    data, space, target, shape = plan_search(args)
+    run = open_search(args, data, space, target)
     if not run.info.get("result"):
         metrics = []
         if args.method == "tas":
@@ -1616,6 +1636,7 @@ def command_prune(args):
     if args.init:
         shape = load(args.init).shape
         require(shape == shape.full, f"--init {args.init} is pruned; give an unpruned network")
+        args.image_size = args.image_size or shape.image_size
     part = functools.partial(argparse.Namespace, **vars(args))  # these options, but for changes
     training = part(command="train", out=base / "teacher", shape=None, transfer="none",
                     epochs=args.teacher_epochs or args.epochs, more=True)
@@ -1623,10 +1644,18 @@ def command_prune(args):
                      epochs=args.search_epochs or args.epochs, more=True)
     distilling = part(command="train", out=base / "pruned", shape=base / "search", init=None,
                       transfer=transfer, teacher=training.out if trains_teacher else args.teacher)
-    data, space, *_ = plan_search(searching)  # all that can go wrong, before hours of training
-    for directory in (searching.out, distilling.out):  # the teacher's is looked at as it begins
-        if not (directory / "run.json").exists():
-            require_new(directory)
+    # All that can go wrong, before hours of training. The teacher's directory comes first anyway.
+    data, space, target, _ = plan_search(searching)
+    if (searching.out / "run.json").exists():
+        open_search(argparse.Namespace(**vars(searching)), data, space, target)  # only compares
+    else:
+        require_new(searching.out)
+    if (distilling.out / "run.json").exists():
+        for needed in [searching.out] + [training.out] * trains_teacher:
+            require("result" in read_run(needed), f"{distilling.out} was begun without {needed}; "
+                    "choose another --out")
+    else:
+        require_new(distilling.out)
     if trains_teacher:
         command_train(training)
     elif args.teacher:
@@ -1745,6 +1774,7 @@ def build_parser():
 
 def complain(text, kind="error"):
     """One line on stderr; the exit status of what the user can fix."""
+    close_bar()
     print(f"{kind}: {text}", file=sys.stderr)
     return 2
 

@@ -361,6 +361,19 @@ def random_bn(net):
                 torch.nn.init.uniform_(t, low, high)
     return net
 
+def test_absent_candidates_stay_absent():
+    """The decay of alpha moves them, by about a learning rate a step."""
+    space = tas.Space("resnet20", round_to=8)
+    net = tas.SuperResNet(space)
+    optimizer = torch.optim.Adam([net.alpha], 30, tas.ARCH_BETAS,
+                                 weight_decay=tas.ARCH_WEIGHT_DECAY)
+    net.alpha.grad = torch.zeros_like(net.alpha)
+    for _ in range(2000):
+        optimizer.step()
+    p, _ = net.probabilities()
+    assert not space.has_width.all() and (p[~space.has_width] == 0).all()
+    assert (p[space.has_width] > 0).all()
+
 @pytest.mark.parametrize("arch, last", [("resnet20", 1), ("resnet50", 0)])
 def test_initial_weights(arch, last):
     """Convs are normal with variance 2 / (k^2 output channels). On ImageNet the last BN of every
@@ -960,6 +973,16 @@ def write_images(root, classes="ab", train=12, val=4, size=8, mode="RGB"):
                 shape, brightest = (size, size, 3), min(176 + 40 * c, 256)
                 pixels = rng.integers(40 * c, brightest, shape, dtype=np.uint8)
                 Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
+
+def test_images_without_classes_are_no_test_set(tmp_path):
+    """ImageNet's own test/ has no labels, and its val/ is used; else test/ comes first."""
+    write_images(tmp_path)
+    (tmp_path / "test").mkdir()
+    shutil.copy(tmp_path / "val/a/0.png", tmp_path / "test/x.png")
+    assert tas.open_folders(tmp_path)[1].root == tmp_path / "val"
+    for name in "ab":
+        shutil.copytree(tmp_path / f"val/{name}", tmp_path / f"test/{name}")
+    assert tas.open_folders(tmp_path)[1].root == tmp_path / "test"
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA"])
 def test_other_kinds_of_images_are_converted(tmp_path, mode):
@@ -1719,9 +1742,9 @@ WRONG_TOGETHER = {
     ("train " + ONE, ["--arch"]), ("search " + ONE, ["--arch"]), ("", ["COMMAND"]),
     ("trian --arch resnet20 " + ONE, ["trian", "train"]),
     ("train --arch resnet20 --epochs 1", ["--data"]),
-    ("train --data synthetic --image-size 16 --arch resnet20", ["--image-size"]),
+    ("train --data synthetic --image-size 16 --arch resnet20", ["give --image-size 32"]),
     ("eval --data synthetic --epochs 3 DIR", ["--epochs"]),
-    ("eval --data synthetic {root}/whole", ["--image-size"]),
+    ("eval --data synthetic {root}/whole", ["not 8; give --image-size 32"]),
     *[(f"eval {{root}}/{name} --data folder --data-dir {{root}}/data", ["{root}/" + name])
       for name in ("nowhere", "half", "runs/search", "runs/search/shape.json")],
     *[(f"{NEW} {words}", [re.split("[ =]", words)[0][2:] + ": an empty value"])
@@ -1737,6 +1760,15 @@ def test_wrong_command_lines(root, capfd, line, words):
 def test_a_batch_that_the_processes_cannot_share(root, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     check_refused(capfd, root, NEW, "--batch-size 6", "4 processes")
+
+def test_processes_wait_for_one_that_reads_images(monkeypatch):
+    """Those of a data set may take longer than the ten minutes that NCCL waits by default."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    waits = []
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda backend, timeout, **_: waits.append(timeout.total_seconds()))
+    tas.setup(tas.build_parser().parse_args("train --data synthetic --device cpu".split()))
+    assert waits and min(waits) >= 6 * 3600
 
 def no_network(*_, **__):
     raise urllib.error.URLError("no network")
@@ -2269,6 +2301,31 @@ def test_prune_makes_what_it_needs(root, tmp_path, capsys, flags, epochs):
     assert out.count("next: ") == 1
     assert bool(re.search(r"^\w+ 1/\d: ", out, re.M)) == ("--quiet" not in flags)
 
+def test_prune_is_of_the_image_size_of_its_weights(root, tmp_path):
+    """As a training from them is; the search and the pruned network, too."""
+    line = PRUNE.replace("--image-size 8 ", "").replace("--epochs 3", "--epochs 1")
+    write_images(tmp_path / "data", size=16)
+    assert run(line + " --init {init}/other --out {root}/runs", root=tmp_path, init=root) == 0
+    for part in ("teacher", "search", "pruned"):
+        assert tas.Shape.load(tmp_path / "runs" / part).image_size == 8
+        assert tas.read_json(tmp_path / f"runs/{part}/run.json")["settings"]["image_size"] == 8
+
+@pytest.mark.parametrize("first, words", [
+    (f"{SEARCH} --epochs 1 --flops 0.4 --out {{tmp}}/search", ["{tmp}/search", "target was"]),
+    (f"{SEARCH} --epochs 1 --arch-lr 0.01 --out {{tmp}}/search", ["arch_lr was 0.01, now 0.05"]),
+    (f"{DISTIL} --epochs 1 --out {{tmp}}/pruned", ["{tmp}/pruned", "without {tmp}/search"]),
+    (f"{DISTIL} --epochs 1 --out {{tmp}}/pruned",
+     ["{tmp}/pruned", "without {tmp}/teacher"])])
+def test_prune_refuses_what_was_begun_before_it_trains(root, tmp_path, capfd, first, words):
+    line = PRUNE.replace("--epochs 3", "--epochs 1") + f" --out {tmp_path}"
+    assert run(first, root=root, tmp=tmp_path) == 0
+    if "teacher" in words[-1]:
+        assert run(SEARCH.replace("--epochs 3", "--epochs 1") + " --out {tmp}/search", root=root,
+                   tmp=tmp_path) == 0
+    capfd.readouterr()
+    check_refused(capfd, root, line, *[word.format(tmp=tmp_path) for word in words])
+    assert not (tmp_path / "teacher").exists()
+
 @pytest.mark.parametrize("name", ["teacher", "pruned"])
 def test_eval_gives_the_accuracy_of_the_run(root, capsys, name):
     """And so do the weights, loaded without this program's help, image by image."""
@@ -2333,6 +2390,17 @@ def test_training_goes_on_from_weights(root, tmp_path, monkeypatch):
         assert other == (["fc.weight", "fc.bias"] if place == tmp_path else [])
     assert run(TRAIN + " --epochs 1 --out {tmp}/new", root=root, tmp=tmp_path) == 0
     assert len(seen) == 5 and not identical(seen[-1], seen[0])
+    shutil.rmtree(tmp_path / "data")
+    write_images(tmp_path / "data", ("ape", "cat"))  # as many others
+    teacher = shutil.copytree(root / "runs/teacher", tmp_path / "teacher")
+    line = f"train {CHEAP} --data-dir {tmp_path}/data --epochs 1 --init {teacher}"
+    assert run(f"{line} --out {tmp_path}/others") == 0
+    (teacher / "run.json").unlink()  # weights from elsewhere, whose classes are not told
+    assert run(f"{line} --out {tmp_path}/untold") == 0
+    old = tas.load(teacher).state_dict()
+    for state, kept in zip(seen[-2:], (False, True)):
+        assert identical(state["conv1.weight"], old["conv1.weight"])
+        assert identical(state["fc.weight"], old["fc.weight"]) == kept
 
 @pytest.mark.parametrize("switch, share", [
     ("--flops 1.4M", 1.4e6 / 2550912), ("--search width", 0.5), ("--round 8", 0.5),
@@ -2494,6 +2562,28 @@ def test_a_bar_on_a_terminal(root, tmp_path, capsys, monkeypatch):
                      r"lr \S+, \d+ images/s, \d+ MB", bar)
     assert "1/3:" not in capsys.readouterr().out
 
+@pytest.mark.parametrize("flags, words", [
+    ("", ["{tmp}/teacher: ", "{tmp}/search/shape.json: ", "teacher {tmp}/teacher: ",
+          "{tmp}/pruned: ", "next: "]),
+    ("--lr 1e9", ["error: {tmp}/teacher: the loss is not finite"])])
+def test_what_is_printed_has_lines_of_its_own(root, tmp_path, monkeypatch, flags, words):
+    """On a terminal, where bars are drawn over themselves and stay above it."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run(f"{PRUNE} --epochs 2 {flags} --out {{tmp}}", root=root, tmp=tmp_path)
+    bars, printed = [], []
+    for text in terminal.getvalue().split("\n"):
+        (bars if "\r" in text else printed).append(text)
+    assert len(bars) == (1 if flags else 3) and all("step/s" in text for text in bars)
+    assert printed.pop() == ""  # after the last end of a line
+    for text, word in zip(printed, words, strict=True):
+        assert text.startswith(word.format(tmp=tmp_path)) and "%|" not in text
+
 def test_the_next_command_can_be_typed(root, tmp_path, capfd):
     """Whatever the directories are called."""
     out = f"{tmp_path}/DATA of 'mine'"
@@ -2587,6 +2677,54 @@ def test_every_experiment_is_a_plan_of_commands(name):
             for needed in (getattr(args, "shape", None), getattr(args, "teacher", None)):
                 assert needed in (None, *made)
             made |= {args.out, f"{args.out}/shape.json"}
+
+@pytest.mark.parametrize("name", ["cpu", "budgets", "latency", "full20", "table", "table2"])
+def test_the_cost_of_an_experiment(name):
+    """That of the commands: a step of training is three passes, one of the search two and a half
+    for the images of both halves, distillation one of the unpruned network."""
+    plan = reproduce(name, "--dry-run", IMAGENET="x").stdout
+    done, passes = set(), 0
+    for line in re.findall(r"^python (?:tas|tools/(?:warm|graphs))\.py (.+)$", plan, re.M):
+        args = tas.build_parser().parse_args(line.split()[line.startswith("results"):])
+        if args.out in done:  # a search that several trainings share
+            continue
+        done.add(args.out)
+        large = args.data == "imagenet"
+        macs = tas.count_macs(tas.Shape.unpruned(args.arch or "resnet20", 1000 if large else 10))
+        images = 1.281e6 if large else 5e4
+        trained, searched = (120, 120) if large else (args.epochs or 300, args.epochs or 600)
+        if args.command == "prune":
+            steps = 3 * trained + 2.5 * searched + (3 * float(args.flops) + 1) * trained
+        elif args.command == "search":
+            steps, share = 2.5 * searched * (args.method == "tas"), float(args.flops)
+            arch, share = args.arch, 0.4 if args.cost else share  # of the MACs, for 0.6 of the time
+        elif args.shape:
+            if args.shape.startswith("shapes"):
+                arch, share = "resnet20", 0.55
+            macs = tas.count_macs(tas.Shape.unpruned(arch, 10))
+            steps = (3 * share + ("kd" in args.transfer)) * trained
+        else:
+            steps = 3 * trained
+        passes += macs * images * steps
+    printed = sum(map(float, re.findall(r"about (\S+) x 10\^15 MACs", plan)))
+    assert printed == pytest.approx(passes / 1e15, rel=0.03)
+
+def test_a_half_made_environment_is_mended(tmp_path):
+    """As an interrupted first start leaves one: a python without pip."""
+    shutil.copy(HERE / "reproduce.sh", tmp_path)
+    for path, text in (
+            ("bin/python", "exit 1"), (".venv/bin/python", "exit 1"),
+            ("bin/python3", "echo made $*; printf '#!/bin/bash\necho ran $*\n' > .venv/bin/python")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / path).chmod(0o755)
+    names = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    done = subprocess.run(["bash", "reproduce.sh", "smoke"], cwd=tmp_path, text=True, timeout=LIMIT,
+                          capture_output=True,
+                          env=names | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[0] == "made -m venv .venv"
+    assert all(line.startswith("ran ") for line in lines[1:]) and "tas.py prune" in done.stdout
 
 def test_the_seeds_of_an_experiment():
     plain, more = (reproduce("table1", "--dry-run", **names).stdout.splitlines()
