@@ -64,7 +64,7 @@ MOST_ARCH_LR = 0.05             # a shorter search has ARCH_LR * ARCH_STEPS / it
 ARCH_BETAS = 0.5, 0.999         # (paper)
 ARCH_WEIGHT_DECAY = 1e-3        # (paper)
 ARCH_INIT = 0.01                # standard deviation of the first logits (paper)
-ABSENT = -1e9                   # logit of what a row lacks: probability 0, whatever Adam adds (ours)
+ABSENT = -1e9                   # logit of what a row lacks: never drawn, whatever Adam adds (ours)
 # The weights, in search and training: SGD with Nesterov momentum.
 LR = 0.1                        # at its highest; a cosine to 0 (paper), step by step (ours)
 MOMENTUM = 0.9                  # (paper)
@@ -968,8 +968,11 @@ def read_all(folder, size, workers):
     folder.transform = test_transform(size)
     loader = torch.utils.data.DataLoader(folder, 500, num_workers=workers,
                                          generator=torch.Generator())
-    images, labels = map(torch.cat, zip(*loader))  # [N, 3, size, size], [N]
-    return images.permute(0, 2, 3, 1), labels
+    labels = torch.tensor(folder.targets)  # [N]
+    images = torch.empty(len(labels), size, size, 3, dtype=torch.uint8)
+    for part, (batch, _) in zip(images.split(500), loader):
+        part.copy_(batch.permute(0, 2, 3, 1))  # out of the workers' memory, which is scarce
+    return images, labels
 
 @functools.lru_cache(maxsize=1)
 def load_data(name, root, image_size, device, workers):
@@ -1082,7 +1085,8 @@ def resources(args, optimizer, images, start):
     """Metrics of an epoch: its last learning rate, speed, highest memory of the GPU or process."""
     import resource
     seconds = time.perf_counter() - start
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
     if args.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 1e6
     return {"lr": optimizer.param_groups[0]["lr"], "images_per_second": round(images / seconds, 1),
@@ -1272,7 +1276,8 @@ class Run:
         self.path, self.args = Path(args.out or base_directory(args) / step), args
         self.settings = {name: getattr(args, name) for name in (*SETTINGS, *names)} | settings | {
             "images": f"{len(data.train.labels)} + {len(data.test.labels)} images, "
-                      f"{len(data.classes)} classes"}
+                      f"{len(data.classes)} classes",
+            "class_names": data.classes}
         self.info = {
             "command": args.line, "settings": self.settings, "machine": machine(args.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -1489,7 +1494,7 @@ def parse_target(text, space):
                 value = float(text[:len(text) - len(unit)]) * size
     require(1e-9 * full < value <= full, f"--flops {text}: give a fraction of the unpruned "
             f"network such as 0.5, or a number with {', '.join(units)}, up to {space.show(full)}")
-    return round(value) if space.unit == "MACs" else value
+    return max(1, round(value)) if space.unit == "MACs" else value
 
 def summary(shape):
     """MACs and parameters of a Shape in words."""
@@ -1528,6 +1533,7 @@ def load_teacher(args, shape, data):
 
 def measure_teacher(args, data, teacher):
     """Print and return the teacher's accuracy in % on the test images; warn near chance."""
+    args = argparse.Namespace(**{**vars(args), "precision": native_precision(args)})
     accuracy, _ = evaluate(to_device(teacher, args), data.test, args)
     print(f"teacher {args.teacher}: accuracy {accuracy:.2f}% on {len(data.test.labels):,} images")
     chance = 100 / len(data.classes)
@@ -1783,6 +1789,14 @@ def warn(text):
     if is_first():
         complain(text, "warning")
 
+def drop_output():
+    """Where standard output takes no more, drop the rest, over which Python would stumble at its
+    end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 def main(argv=None):
     """Run a command; returns the exit status: 0, 2 for what the user can fix, 130 when stopped."""
     argv = sys.argv[1:] if argv is None else argv
@@ -1793,11 +1807,14 @@ def main(argv=None):
         for name, value in vars(args).items():  # of an unset variable
             require(value != "", f"{name.replace('_', '-')}: an empty value")
         args.line = shlex.join(["python", "tas.py", *argv])
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        load_data.cache_clear()  # in a notebook, of files that may have changed
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         args.function(args)
     except TASError as error:  # its last part, when a worker process raised it
         return complain(str(error).rsplit("TASError: ", 1)[-1].strip())
     except OSError as error:  # of the disk, of standard output
+        drop_output()
         reason = str(error).rsplit("\n", 1)[-1]  # the last line of a worker's
         return complain(f"{reason}; fix that, and the same command goes on")
     except RuntimeError as error:

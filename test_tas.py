@@ -5,6 +5,7 @@ transformable network, the search objective, knowledge transfer, data, training 
 faults and bad input, mostly as tables. Last what the commands leave and say.
 """
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -31,6 +32,7 @@ import tempfile
 import time
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -995,6 +997,26 @@ def test_other_kinds_of_images_are_converted(tmp_path, mode):
         inner = bordered[:, 4:-4, 4:-4]  # without the border for crops
         assert inner.numpy().tobytes() == images.tobytes() and images.std() > 0
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files cannot be counted")
+def test_many_images_are_read_with_few_open_files(tmp_path):
+    """Each batch of a worker is a file until it is dropped."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        image = Image.new("RGB", (8, 8), (7, 8, 9) if name == "a" else (1, 2, 3))
+        image.save(tmp_path / name / "0.bmp")
+        for i in range(1, 2000):
+            (tmp_path / name / f"{i}.bmp").symlink_to(tmp_path / name / "0.bmp")
+    most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        opened = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 14, hard))
+        images, labels = tas.read_all(tas.open_folder(tmp_path), 8, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    assert images.shape == (4000, 8, 8, 3) and labels.tolist() == [0] * 2000 + [1] * 2000
+    for label, colour in enumerate(((7, 8, 9), (1, 2, 3))):
+        assert (images[labels == label] == torch.tensor(colour)).all()
+
 def make_photographs(root):
     """JPEG files of smooth colours, of many sizes, one of them grey and one for printers."""
     rng = np.random.default_rng(1)
@@ -1115,7 +1137,7 @@ def run_small(tmp_path, monkeypatch):
             images = images // 2 + 12 * labels[:, None, None, None].byte()
             splits.append(tas.SmallImages(images, labels, "cpu"))
         data = tas.Data(*splits, [str(c) for c in range(classes)])
-        monkeypatch.setattr(tas, "load_data", lambda *_: data)
+        monkeypatch.setattr(tas, "load_data", functools.cache(lambda *_: data))
         command, *rest = line.format(tmp=tmp_path).split()
         always = "--data synthetic --image-size 8 --device cpu --precision fp32 --quiet --out"
         assert tas.main([command, *always.split(), str(tmp_path / "run"), *rest]) == status
@@ -1725,7 +1747,7 @@ WRONG_TOGETHER = {
         ("--out /proc/nowhere", "/proc/nowhere", "--out")],
     "search": [
         ("--method random --search depth --flops 0.01", "possible are"),
-        ("--method uniform --flops 0.0004", "--flops"),
+        ("--method uniform --flops 0.0004", "--flops"), ("--flops 1e-8", "possible are"),
         ("--method uniform --search depth", "uniform", "--search"),
         ("--method tas --search depth --flops 0.01", "possible are")],
     "prune": [  # before the first step
@@ -1841,6 +1863,8 @@ SPOILED = [
     *[(lambda world: (world / "data/train/a/0.png").unlink(), f"{TRAIN} --out {{root}}/{name}",
        ["images was 24 + ", "now 23 + "]) for name in ("half", "whole")],
     (other_images("dog", "emu"), EVAL + "whole", ["['a', 'b']", "['dog', 'emu']"]),
+    *[(other_images("dog", "emu"), f"{TRAIN} --out {{root}}/{name}",
+       ["class_names was ['a', 'b'], now ['dog', 'emu']"]) for name in ("half", "whole")],
     (other_images(*"abc"), EVAL + "runs/pruned", ["2", "3", "classes"]),
     (other_images(*"abc"), NEW + " --teacher {root}/runs/teacher", ["2", "3", "classes"]),
     (other_images("dog", "emu"), NEW + " --teacher {root}/runs/teacher",
@@ -2495,6 +2519,18 @@ def test_precision_is_a_rule(monkeypatch, native, requested, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: native, raising=False)
     assert tas.native_precision(args) == expected
 
+def test_a_teacher_is_measured_as_its_student_is_trained(root, tmp_path, monkeypatch, capsys):
+    """Twice, before all and before the distillation, in the precision of both."""
+    monkeypatch.setattr(tas, "native_precision",
+                        lambda args: "bf16" if args.precision == "auto" else args.precision)
+    seen = []
+    spy(monkeypatch, tas, "evaluate", lambda net, split, args: seen.append(args.precision))
+    line = PRUNE.replace("--precision fp32 ", "").replace("--epochs 3", "--epochs 1")
+    assert run(line + " --method random --teacher {root}/other --out {tmp}", root=root,
+               tmp=tmp_path) == 0
+    told = re.findall(r"^teacher \S+: accuracy (.+)%", capsys.readouterr().out, re.M)
+    assert seen == ["bf16"] * 3 and len(told) == 2 and len(set(told)) == 1
+
 def test_a_run_keeps_its_precision(root, tmp_path, monkeypatch):
     """It was begun where bf16 is native, and goes on and is evaluated where it is not."""
     line = TRAIN.replace("fp32", "auto") + " --out {tmp}/run"
@@ -2584,6 +2620,21 @@ def test_what_is_printed_has_lines_of_its_own(root, tmp_path, monkeypatch, flags
     for text, word in zip(printed, words, strict=True):
         assert text.startswith(word.format(tmp=tmp_path)) and "%|" not in text
 
+def test_commands_of_one_process(root, tmp_path, monkeypatch):
+    """As those of a notebook: each reads the images that are there; also in a thread."""
+    counts, line = [], TRAIN.replace("{root}/data", "data") + " --epochs 1 --out "
+    for i, train in enumerate((12, 8, 8)):
+        write_images(tmp_path / f"{i}/data", train=train)
+        monkeypatch.chdir(tmp_path / str(i))
+        if i == 2:
+            for path in Path("data").rglob("3.png"):
+                path.unlink()
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            assert thread.submit(run, line + "run").result() == 0
+        counts.append(tas.read_json("run/run.json")["settings"]["images"])
+    assert [text.split(",")[0] for text in counts] == ["24 + 8 images", "16 + 8 images",
+                                                       "14 + 6 images"]
+
 def test_the_next_command_can_be_typed(root, tmp_path, capfd):
     """Whatever the directories are called."""
     out = f"{tmp_path}/DATA of 'mine'"
@@ -2617,6 +2668,15 @@ def test_metrics_of_the_machine(root):
             low, high = (24 / (line["seconds"] + off) for off in (0.005, -0.005))  # rounded
             assert low - 0.05 <= line["images_per_second"] <= high + 0.05
             assert 100 < line["memory_mb"] < 1e5
+
+@pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
+def test_units_of_memory(monkeypatch, platform, unit):
+    """getrusage(2) of Linux counts kilobytes, that of macOS bytes."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3 * 10 ** 6))
+    args = SimpleNamespace(device=torch.device("cpu"))
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
+    assert tas.resources(args, optimizer, 1, 0)["memory_mb"] == 3 * unit
 
 def test_memory_of_the_search(tmp_path):
     """From the first step on it grows at most 1.5 times as much as that of a training."""

@@ -2,10 +2,9 @@
 
     python tools/bench.py resnet56 --shape shapes/cifar10-resnet56.json --json bench.json
 
-Every case runs once a round; its median is printed with its ratio to a training step or, for
-inference, to the unpruned network. Without --shape all widths are scaled to half of the MACs.
---how: eager, graphs (CUDA graphs, on a GPU), compiled (torch.compile). fp32 is TF32 on CUDA. On a
-GPU the most memory held meanwhile is printed; graphs hold theirs all the time.
+Cases take turns; of each its median is printed, the ratio to a training step or, for inference, to
+the unpruned network, and on a GPU the most memory held meanwhile. Without --shape all widths are
+scaled to half of the MACs. --how: eager, graphs (CUDA graphs), compiled (torch.compile).
 """
 
 import argparse
@@ -84,6 +83,7 @@ def bench(args):
     args = argparse.Namespace(**{**vars(defaults), **vars(args)})
     args.lr, args.weight_decay = 0.01, tas.WEIGHT_DECAY  # noise diverges at the usual rate
     tas.setup(args)
+    tas.require("graphs" not in args.how or FastStep().can_capture(args), "graphs need a GPU")
     space = tas.Space(args.arch, 10, args.image_size).to(args.device)
     shapes, cases, rows, macs = read_shapes(args, space), {}, [], {}
     for precision, how in itertools.product(args.precision, args.how):

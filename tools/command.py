@@ -2,7 +2,6 @@
 
 import contextlib
 import html
-import os
 import re
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ def run(parser, function, argv):
     2 after one line on stderr for what the user can mend; 130 when stopped."""
     with contextlib.suppress(AttributeError):  # a notebook's streams
         for stream in (sys.stdout, sys.stderr):  # a terminal may lack letters of a name
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         args = parser.parse_args(argv)
         for name, value in vars(args).items():  # of an unset variable
@@ -32,10 +31,10 @@ def run(parser, function, argv):
             tas.require("" not in given, f"{name.replace('_', '-')}: an empty value")
         return function(args) or 0
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
-        with contextlib.suppress(OSError):  # so that Python's last flush does not fail as well
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        tas.drop_output()
         return 141
     except (tas.TASError, OSError) as error:
+        tas.drop_output()
         reason = str(error).rsplit("TASError: ", 1)[-1]  # where a worker process raised it
         return tas.complain(printable(reason.strip()))
     except KeyboardInterrupt:

@@ -27,8 +27,8 @@ def metadata(directory, shape):
         "arch": shape.arch, "image_size": str(shape.image_size),
         "macs": str(tas.count_macs(shape)),
         "mean": json.dumps(tas.MEAN), "std": json.dumps(tas.STD)}
-    result = tas.read_json(Path(directory) / "run.json").get("result") or {}
-    if "classes" in result:  # runs of other versions do not name them
+    result = tas.read_run(directory).get("result", {})
+    if "classes" in result:  # weights from elsewhere do not name them
         properties["classes"] = json.dumps(result["classes"])
     return properties
 

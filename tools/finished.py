@@ -15,8 +15,9 @@ from naming import MACS, MISSING, argument, name_method, unusual
 
 MEASURED = {  # what every line of metrics.jsonl must have
     "train": ("epoch", "test_accuracy"),
-    "search": ("epoch", "expected_macs", "argmax_macs", "width_discrepancy", "depth_discrepancy")}
-APART = "seed", "teacher"  # settings in which the runs of a row may differ
+    "search": ("epoch", "expected_macs", "argmax_macs", "val_accuracy", "width_discrepancy",
+               "depth_discrepancy")}
+APART = "seed", "teacher", "warm"  # settings in which the runs of a row may differ
 
 def number(value):
     """The value; ValueError unless it is a number of a sensible size."""

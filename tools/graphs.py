@@ -6,7 +6,9 @@
 A step is captured as a CUDA graph at its first use and replayed, after two replayed steps have
 equalled two eager ones. --compile compiles the losses with torch.compile, on any device. Where
 either fails, the forward or the backward pass, one warning says so, nothing is left of the trial,
-and the steps are those of tas.py. The results are those of tas.py up to rounding.
+and the steps are those of tas.py. (As torch before 2.13 reads, a capture that CUDA ends may leave
+its random numbers unusable, and the command stops: begun anew by tas.py alone, it goes on.) The
+results are those of tas.py up to rounding.
 """
 
 import functools

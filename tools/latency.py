@@ -92,8 +92,8 @@ def latency(args):
     space = tas.Space(args.arch, args.classes, args.image_size, round_to=args.round)
     found = {"arch": args.arch, "classes": args.classes, "image_size": space.full.image_size,
              "unit": "ms", "widths": [list(row) for row in space.widths],
-             "batch_size": args.batch_size, "precision": args.precision, "machine": tas.machine(args.device),
-             "torch": torch.__version__, "cases": {}}
+             "batch_size": args.batch_size, "precision": args.precision, "torch": torch.__version__,
+             "machine": tas.machine(args.device), "cases": {}}
     if Path(args.out).exists():
         old = tas.read_json(args.out)
         odd = [name for name in found if name != "cases" and old.get(name) != found[name]]

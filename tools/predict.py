@@ -15,9 +15,9 @@ import torch
 from command import printable, run
 
 def class_names(directory, count):
-    """Names of the classes in the order of the network's outputs; numbers where the run has none,
-    as runs of other versions do not."""
-    names = (tas.read_json(Path(directory) / "run.json").get("result") or {}).get("classes")
+    """Names of the classes in the order of the network's outputs; numbers where none are told, as
+    of weights from elsewhere."""
+    names = tas.read_run(directory).get("result", {}).get("classes")
     if names is None:
         return [f"class {i}" for i in range(count)]
     tas.require(isinstance(names, list) and len(names) == count,

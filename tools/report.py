@@ -99,7 +99,7 @@ def report(args):
     parent = os.path.relpath(parent)
     groups = group_trainings(runs)
     others = published(groups)
-    searches = [each for each in runs if each.searched]
+    searches = [each for each in runs if each.searched and each.lines]
     text = "No network has been trained yet.\n"
     if groups:
         text = table([row(group, parent, others) for group in groups])

@@ -51,6 +51,9 @@ def split(args):
     for name in ("test", "val"):
         tas.require(not (root / name).exists(), f"{root} has {name}/ already; nothing was moved")
     tas.open_folder(train)  # which names what is wrong with it
+    for path in (train, *sorted(train.rglob("*"))):
+        tas.require(not (path.is_symlink() and path.is_dir()), f"{path} is a link to a folder, out "
+                    "of which images would be moved; copy that folder")
     waiting = image_names(part)  # since an interruption
     names = image_names(train)
     for name in sorted(waiting & names):

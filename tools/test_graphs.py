@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import json
 import re
 import sys
@@ -43,7 +44,7 @@ def outcome(tmp_path, monkeypatch):
         images = (noise + 12 * labels[:, None, None, None]).byte()
         splits.append(tas.SmallImages(images, labels, "cpu"))
     data = tas.Data(*splits, [str(c) for c in range(10)])
-    monkeypatch.setattr(tas, "load_data", lambda *_: data)
+    monkeypatch.setattr(tas, "load_data", functools.cache(lambda *_: data))
 
     plain = {"take_step": graphs.plain_step, "train": tas.train, "search": tas.search}
 

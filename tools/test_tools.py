@@ -175,13 +175,29 @@ def test_scripts_start_anywhere_and_end_in_one_line(tmp_path):
         assert re.fullmatch(rf"error: .*required.*tools/{name}.py --help", line)
 
 def test_a_reader_that_has_seen_enough():
-    """A closed pipe is no error, whether it is noticed while printing or at the end."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", HERE / "describe.py", "resnet164"], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait(timeout=120) == 141
+    """A closed pipe is no error, whether there is much to print or little; a full disk is one."""
+    names = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for arch in ("resnet164", "resnet20"):
+        process = subprocess.Popen(
+            [sys.executable, HERE / "describe.py", arch], text=True, env=names,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=120) == 141
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("line", [
+    "tools/describe.py resnet20",
+    "tas.py search --data synthetic --arch resnet20 --method random --out {tmp}/run"])
+def test_output_that_finds_no_room(tmp_path, line):
+    """One line of error, of which Python's own last attempt makes no more."""
+    names = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, *line.format(tmp=tmp_path).split()], text=True,
+                               cwd=HERE.parent, env=names, stdout=full, stderr=subprocess.PIPE,
+                               timeout=120)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
 
 @pytest.mark.parametrize("error, status", [
     (tas.TASError("a\nb"), 2), (PermissionError(13, "Permission denied", "x"), 2),
@@ -329,6 +345,24 @@ def test_predict_without_names_of_classes(world, pruned, capsys):
     check_refused(capsys, predict, pruned, good, words=[pruned, "2 classes"])
     check_refused(capsys, predict, world / "runs" / "search", good, words=["weights.pt"])
 
+def test_weights_from_elsewhere_predict_and_are_exported(world, tmp_path, capsys):
+    """A directory of tools/weights.py has no run.json."""
+    state = tas.load(world / "runs/teacher").state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    line = f"{tmp_path}/w.pth --arch resnet20 --image-size {SIZE} --out {tmp_path}/made"
+    assert weights.main(line.split()) == 0
+    capsys.readouterr()
+    assert predict.main([f"{tmp_path}/made", f"{world}/insects/val/ant/0.png"]) == 0
+    (_, found), = predictions(capsys.readouterr().out)
+    assert found.keys() == {"class 0", "class 1"}
+    assert export.main([f"{tmp_path}/made"]) == 0
+    extra = {"metadata.json": ""}
+    torch.export.load(tmp_path / "made/network.pt2", extra_files=extra)
+    assert "classes" not in json.loads(extra["metadata.json"])
+    (tmp_path / "made/run.json").write_text('{"result": [1]}')
+    for tool, words in ((predict, ["x.png"]), (export, [])):
+        check_refused(capsys, tool, f"{tmp_path}/made", *words, words=["run.json"])
+
 # ---- export -------------------------------------------------------------------------------------
 
 def test_export_gives_the_network(pruned, capsys):
@@ -468,6 +502,7 @@ def test_bench_times_what_it_says(monkeypatch, capsys):
     monkeypatch.setattr(tas, "take_step", look)
     monkeypatch.setattr(tas, "sample_sizes", draw)
     monkeypatch.setattr(bench, "medians", keep)
+    monkeypatch.setattr(graphs.FastStep, "can_capture", lambda step, _: step.captures)
     line = "resnet20 --batch-size 4 --image-size 8 --precision fp32 --how eager compiled graphs"
     assert bench.main(line.split()) == 0
     hows = collections.Counter(how for name, _, how in cases if "inference" not in name)
@@ -479,7 +514,6 @@ def test_bench_times_what_it_says(monkeypatch, capsys):
         compiled, captured = [], []
         with monkeypatch.context() as patch:
             patch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
-            patch.setattr(graphs.FastStep, "can_capture", lambda step, _: step.captures)
             patch.setattr(graphs, "capture",
                           lambda step, *_: captured.append(step.args[3]) or step)
             for name in ("training", "search round, 2 candidates", "search round, 8 candidates"):
@@ -509,6 +543,7 @@ def test_bench_of_what_it_cannot(world, capsys):
     check_refused(capsys, bench, "resnet20", "--shape", shape, words=[shape, "--image-size 8"])
     check_refused(capsys, bench, "resnet20", "--shape", world, words=[world])
     check_refused(capsys, bench, "resnet20", "--device", "nix", words=["nix"])
+    check_refused(capsys, bench, *"resnet20 --device cpu --how eager graphs".split(), words=["GPU"])
 
 # ---- report -------------------------------------------------------------------------------------
 
@@ -648,6 +683,14 @@ def test_report_tells_rows_apart_that_look_alike(world, tmp_path):
     _, (table,) = make_report(tmp_path / "a", tmp_path / "c", tmp_path)
     assert {row["other settings"] for row in table} == {"batch-size 6, search arch-lr 0.02",
                                                         "batch-size 6, search arch-lr 0.05"}
+
+def test_searches_that_started_from_teachers_of_their_own_share_a_row(world, tmp_path):
+    for seed in (0, 1):
+        directory = shutil.copytree(world / "runs" / "pruned", tmp_path / str(seed))
+        search = tas.read_json(directory / "run.json")["result"]["search"]
+        change(directory, seed=seed, teacher=7 + seed, search=search | {"warm": 7 + seed})
+    _, (table,) = make_report(tmp_path)
+    assert [(row["seeds"], row["size found by"]) for row in table] == [("0 1", "warm tas")]
 
 def test_report_keeps_two_teachers_of_one_seed_apart(world, tmp_path):
     """Their difference is no spread over seeds; a teacher for each seed shares a row."""
@@ -1005,6 +1048,20 @@ def test_searches_alone_are_drawn_over_each_other(world, tmp_path, capsys, monke
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 3 and all(f"{lines[-1]['val_accuracy']:.2f}" in row for row in rows[1:])
     assert rows[1].startswith("| one | resnet20 | tas") and "align pad" in rows[2]
+
+def test_a_search_without_its_metrics(world, tmp_path, capsys):
+    """There is nothing to draw; a line that lacks a measurement is damaged."""
+    base = shutil.copytree(world / "runs", tmp_path / "runs")
+    for part in ("teacher", "pruned"):
+        shutil.rmtree(base / part)
+    path = base / "search/metrics.jsonl"
+    path.write_text(path.read_text().replace("val_accuracy", "accuracy"))
+    capsys.readouterr()
+    assert report.main([str(base)]) == 2
+    assert "left out" in (err := capsys.readouterr().err) and "no finished run" in err
+    path.unlink()
+    assert report.main([str(base)]) == 0
+    assert "No network has been trained yet" in capsys.readouterr().out
 
 # ---- times --------------------------------------------------------------------------------------
 
@@ -1369,6 +1426,11 @@ def test_split_overwrites_nothing(tmp_path, capsys):
     (lambda root: [shutil.rmtree(root / "train"), (root / "train").mkdir()], "", ["class"]),
     (lambda root: [(root / "train/x").mkdir(), (root / "train/x/1.txt").touch()], "", ["x"]),
     (lambda root: write_classes(root, {"dog": 1}), "", ["dog has 1 image", "none for training"]),
+    *[(lambda root, name=name: (root / "train" / name).rename(root / "kept") and
+       (root / "train" / name).symlink_to(root / "kept"), "",
+       [f"{{root}}/train/{name}".rstrip("/"), "a link"])
+      for name in ("cat", "")],
+    (lambda root: (root / "train/bee/more").symlink_to(root / "train/cat"), "", ["bee/more"]),
     (lambda root: None, "--fraction 0.9", ["cat has 3 images"]),
     (lambda root: None, "--fraction 1", ["--fraction", "0.9"]),
     (lambda root: None, "--fraction 0", ["--fraction"])])

@@ -1,5 +1,6 @@
 """Properties of tools/warm.py."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -59,7 +60,8 @@ def test_a_search_from_a_teacher(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     images = torch.randint(256, (64, 32, 32, 3), dtype=torch.uint8)
     split = tas.SmallImages(images, torch.arange(64) % 10, "cpu")
-    monkeypatch.setattr(tas, "load_data", lambda *_: tas.Data(split, split, list("0123456789")))
+    data = tas.Data(split, split, list("0123456789"))
+    monkeypatch.setattr(tas, "load_data", functools.cache(lambda *_: data))
     line = "--data synthetic --arch resnet20 --batch-size 16 --epochs 1 --precision fp32 --out"
     for out in ("teacher", "other"):
         net = tas.ResNet(tas.Space("resnet20").full)
@@ -74,6 +76,7 @@ def test_a_search_from_a_teacher(tmp_path, monkeypatch, capsys):
             return warm.main([str(tmp_path / teacher), *words])
 
     assert search("teacher", "run") == 0
+    assert f"teacher {tmp_path}/teacher: accuracy" in capsys.readouterr().out
     settings = tas.read_json(tmp_path / "run" / "run.json")["settings"]
     assert settings["warm"] == tas.checksum(tas.load(tmp_path / "teacher"))
     assert search("other", "run") == 2 and "warm was" in capsys.readouterr().err

@@ -89,7 +89,9 @@ def main(argv=None):
     def plan(args):
         data, space, *rest = plan_search(args)
         args.teacher = argv[0]
-        args.warm = tas.checksum(tas.load_teacher(args, space.full, data))  # a setting of the run
+        teacher = tas.load_teacher(args, space.full, data)
+        args.warm = tas.checksum(teacher)  # a setting of the run
+        tas.measure_teacher(args, data, teacher)
         return data, space, *rest
 
     def warm(space, align):
