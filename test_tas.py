@@ -2774,7 +2774,7 @@ def test_a_half_made_environment_is_mended(tmp_path):
     shutil.copy(HERE / "reproduce.sh", tmp_path)
     for path, text in (
             ("bin/python", "exit 1"), (".venv/bin/python", "exit 1"),
-            ("bin/python3", "echo made $*; printf '#!/bin/bash\necho ran $*\n' > .venv/bin/python")):
+            ("bin/python3", "echo new $*; printf '#!/bin/bash\necho ran $*\n' > .venv/bin/python")):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / path).chmod(0o755)
@@ -2783,7 +2783,7 @@ def test_a_half_made_environment_is_mended(tmp_path):
                           capture_output=True,
                           env=names | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and lines[0] == "made -m venv .venv"
+    assert done.returncode == 0 and lines[0] == "new -m venv .venv"
     assert all(line.startswith("ran ") for line in lines[1:]) and "tas.py prune" in done.stdout
 
 def test_the_seeds_of_an_experiment():
