@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 
 help() {
     cat <<'END'
-bash reproduce.sh NAME [--dry-run]     --dry-run prints the commands and what they cost
+bash reproduce.sh NAME [--dry-run]     --dry-run prints the commands and, of most, what they cost
 
   smoke      teacher, search and distillation on synthetic data: one to four minutes on two cores
   test       the tests
@@ -22,9 +22,9 @@ bash reproduce.sh NAME [--dry-run]     --dry-run prints the commands and what th
   figure3    CIFAR-10, ResNet-56, search alone: interpolation or padding x Gumbel or softmax, and
              without cost
 
-  SEEDS="0 1 2" repeats; EPOCHS=1 DATA=synthetic BATCH=512 makes a trial of minutes of it;
-  ROOT=DIR puts the runs there (runs/NAME). cpu, budgets and full20 read CIFAR-10 as image files
-  from data/cifar10 unless DATA says otherwise.
+  SEEDS="0 1 2" repeats (not smoke, cpu, full20); EPOCHS=1 DATA=synthetic BATCH=512 makes a trial of
+  minutes of it; ROOT=DIR puts the runs there (runs/NAME; not smoke). cpu, budgets, latency and
+  full20 read CIFAR-10 as image files from data/cifar10 unless DATA says otherwise.
 END
 }
 

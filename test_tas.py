@@ -2694,7 +2694,7 @@ def test_memory_of_the_search(tmp_path):
 def test_readme_points_at_the_right_lines():
     """Every link to a line of tas.py leads to the definition or the section that it names."""
     code = Path(tas.__file__).read_text().splitlines()
-    links = re.findall(r"\[`?([\w ]+)`?\]\(tas\.py#L(\d+)\)", (HERE / "README.md").read_text())
+    links = re.findall(r"\[`?([\w -]+)`?\]\(tas\.py#L(\d+)\)", (HERE / "README.md").read_text())
     assert len(links) > 20
     for name, number in links:
         assert re.match(rf"(class|def) {name}\b|# ---- {name} -", code[int(number) - 1]), name

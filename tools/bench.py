@@ -3,8 +3,8 @@
     python tools/bench.py resnet56 --shape shapes/cifar10-resnet56.json --json bench.json
 
 Cases take turns; of each its median is printed, the ratio to a training step or, for inference, to
-the unpruned network, and on a GPU the most memory held meanwhile. Without --shape all widths are
-scaled to half of the MACs. --how: eager, graphs (CUDA graphs), compiled (torch.compile).
+the unpruned network, and on a GPU the most memory held meanwhile (not of graphs). Without --shape
+all widths are scaled to half of the MACs. --how: eager, CUDA graphs, or compiled by torch.compile.
 """
 
 import argparse

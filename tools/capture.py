@@ -1,7 +1,7 @@
 """A step of tas.py as a CUDA graph: one launch in the place of a thousand.
 
 What is captured has to prove itself: two replays must do what two plain steps do, at other rates
-and on other images than those of the capture.
+than that of the capture and the second on other images.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # bash tools/gpu_check.sh [PART ...]: what has to hold on a real GPU, without network, in parts of
 # at most ten minutes: tests bench prune ddp (all of them without PART). Leaves in $OUT
-# (gpu-check) a log of each part and result.json. ARCHS, BATCH, ROUNDS, EPOCHS, DEVICE change it.
+# (gpu-check) a log of each part and result.json. ARCHS, BATCH, ROUNDS, EPOCHS, DEVICE change it;
+# COMPILED=1 adds torch.compile.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-gpu-check} device=${DEVICE:-cuda} epochs=${EPOCHS:-10} batch=${BATCH:-256}

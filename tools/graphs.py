@@ -4,10 +4,10 @@
     python tools/graphs.py --compile search --data cifar10 --arch resnet56
 
 A step is captured as a CUDA graph at its first use and replayed, after two replayed steps have
-equalled two eager ones. --compile compiles the losses with torch.compile, on any device. Where
-either fails, the forward or the backward pass, one warning says so, nothing is left of the trial,
-and the steps are those of tas.py. (As torch before 2.13 reads, a capture that CUDA ends may leave
-its random numbers unusable, and the command stops: begun anew by tas.py alone, it goes on.) The
+agreed with two eager ones. --compile compiles the losses with torch.compile, on any device. Where
+either fails, the forward or the backward pass, a warning for each kind of step says so, nothing is
+left of the trial, and the steps are those of tas.py. (Before torch 2.13 a capture that CUDA aborts
+may break its random generator and stop the command; the same command by tas.py goes on.) The
 results are those of tas.py up to rounding.
 """
 

@@ -5,7 +5,7 @@
 
 FILE holds a state dict of torchvision's names, as .pth, .pt or .safetensors, also inside
 {"state_dict": ...} or {"model": ...}, with or without "module." before every name. Nothing in it is
-executed. torchvision's are IMAGENET1K_V1, the paper's teachers.
+executed. torchvision's are IMAGENET1K_V1.
 """
 
 import hashlib
