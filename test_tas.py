@@ -388,6 +388,7 @@ def test_initial_weights(arch, last):
         std = math.sqrt(2 / (weight.shape[0] * weight.shape[2] * weight.shape[3]))
         error = 5 / math.sqrt(weight.numel())  # of a mean, in standard deviations
         assert abs(weight.mean() / std) < error and abs(weight.std() / std - 1) < error
+        assert weight.abs().max() > 2 * std  # which uniform ones would not reach
     for name, module in net.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             scales.append((module.weight, name.endswith(f"bn{len(KERNELS[arch])}")))
@@ -1047,6 +1048,61 @@ def test_test_images_are_resized_and_cropped(tmp_path, size, resized):
         torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
         assert torch.equal(tas.preprocess(Image.open(path), size), x[None])
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_torchvision_s(monkeypatch, name):
+    """Training images are for training, test images for the test, in torchvision's order."""
+    class Fake:
+        base_folder, filename, classes = "folder", "file", [*"abcdefghij"]
+
+        def __init__(self, root, train, download):
+            images, labels = random_images(6 if train else 4, 32)
+            self.data, self.targets = images.numpy(), labels.tolist()
+
+    monkeypatch.setattr(torchvision.datasets, name.upper(), Fake)
+    data = tas.load_data.__wrapped__(name, "", 32, torch.device("cpu"), 0)
+    assert data.classes == Fake.classes
+    for split, count in ((data.train, 6), (data.test, 4)):
+        images, labels = random_images(count, 32)
+        [(x, y)] = split.batches(torch.arange(count), count, False)
+        assert y.equal(labels)
+        torch.testing.assert_close(x.double(), slow_normalize(images), rtol=0, atol=1e-5)
+
+def test_many_small_images(tmp_path):
+    """More than are read at once."""
+    write_images(tmp_path, train=260, val=1)
+    data = tas.load_data("folder", str(tmp_path), 8, torch.device("cpu"), 0)
+    assert len(data.train.labels) == len(data.train.pixels) // 16 ** 2 == 520
+
+def test_large_images_are_augmented(tmp_path):
+    """An item is cropped, flipped and coloured anew every time: of a ramp from 60 to 190 half are
+    mirrored, some are brighter or darker, crops are of many sizes, and all differ."""
+    ramp = np.tile(np.linspace(60, 190, 100), (90, 1)).astype(np.uint8)
+    for part, name in itertools.product(("train", "val"), "ab"):
+        (tmp_path / part / name).mkdir(parents=True)
+        Image.fromarray(ramp).save(tmp_path / part / name / "0.png")
+    data = tas.load_data("folder", str(tmp_path), 72, torch.device("cpu"), 0)
+    torch.manual_seed(0)
+    x = torch.cat([x for _ in range(2) for x, _ in data.train.batches(
+        torch.zeros(64, dtype=torch.int64), 64, True)])
+    assert len({image.numpy().tobytes() for image in x}) == 128
+    rise = (x[..., -1] - x[..., 0]).mean((1, 2))
+    assert 40 < (rise > 0).sum() < 88 and rise.abs().max() > 3 * rise.abs().min()
+    low, high = slow_normalize(torch.tensor([60, 190], dtype=torch.uint8).expand(1, 1, 3, 2)
+                               .permute(0, 1, 3, 2))[0, 0, 0]
+    assert x[:, 0].min() < low - 0.2 and x[:, 0].max() > high + 0.2
+
+@pytest.mark.parametrize("train", [True, False])
+def test_two_processes_share_the_batch_of_large_images(tmp_path, train):
+    write_images(tmp_path, train=5, size=80)
+    data, parts = tas.load_data("folder", str(tmp_path), 72, torch.device("cpu"), 0), []
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        torch.manual_seed(3)
+        parts.append(list(data.train.batches(torch.arange(10), 4, train, rank, world)))
+    assert len(parts[0]) == (2 if train else 3)
+    for (x, y), (x0, y0), (x1, y1) in zip(*parts, strict=True):
+        assert x[0::2].equal(x0) and x[1::2].equal(x1)
+        assert y[0::2].equal(y0) and y[1::2].equal(y1)
+
 # ---- Training and search ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arch", ["resnet20", "resnet164", "resnet18"])
@@ -1429,6 +1485,16 @@ def test_a_search_step_is_one_graph(loss, inputs):
         values.add(minimised.item())
     assert counter.frame_count == 1 and len(values) == 20
 
+@pytest.mark.parametrize("line", [f"train {PRUNED} --epochs 1 --batch-size 16",
+                                  "search --arch resnet20 --epochs 1 --batch-size 8"])
+def test_losses_are_fp32(run_small, monkeypatch, line):
+    """Under bf16, too."""
+    seen = []
+    spy(monkeypatch, F, "cross_entropy", lambda z, y: seen.append(z.dtype))
+    spy(monkeypatch, F, "log_softmax", lambda z, *_, **__: seen.append(z.dtype))
+    run_small(f"{line} --precision bf16")
+    assert len(seen) >= 20 and set(seen) == {torch.float32}
+
 # ---- Commands in small worlds -------------------------------------------------------------------
 
 LIMIT = 240  # seconds; only against hangs
@@ -1801,6 +1867,18 @@ def test_no_network_for_cifar(tmp_path, capfd, monkeypatch, name):
     check_refused(capfd, tmp_path, f"train --data {name} --data-dir {{root}}/data --arch resnet20 "
                   "--out {root}/new", name, "{root}/data", "no network", "--data synthetic")
 
+@pytest.mark.parametrize("options, size", [
+    ("cifar10 --arch resnet20", 32), ("synthetic --arch resnet18", 32),
+    ("folder --arch resnet20", 32), ("folder --arch resnet18", 224),
+    ("imagenet --arch resnet18", 224), ("imagenet --arch resnet20", 224)])
+def test_default_image_sizes(monkeypatch, capfd, options, size):
+    def stop(name, root, image_size, *_):
+        raise tas.TASError(f"{image_size} pixels")
+
+    monkeypatch.setattr(tas, "load_data", functools.cache(stop))
+    assert run(f"train --data {options}") == 2
+    assert f"error: {size} pixels" in capfd.readouterr().err
+
 # ---- Spoiled files ------------------------------------------------------------------------------
 
 GOOD = {"arch": "resnet20", "num_classes": 2, "image_size": 8, "stem": 9,
@@ -1999,6 +2077,12 @@ def test_damaged_run_directories(root, tmp_path, capfd, state, source, line, rea
     check()
     assert min(ends[0], ends[2]) > 2, ends  # both happened
 
+@pytest.mark.parametrize("name, other", [("world", 2), ("data", "imagenet"), ("command", "search")])
+def test_a_run_of_other_processes_or_data_is_another(world, capfd, name, other):
+    settings = tas.read_json(world / "half/run.json")["settings"]
+    change_json(world / "half/run.json", {"settings": settings | {name: other}})
+    check_refused(capfd, world, HALF, f"{name} was {other}, now {settings[name]}")
+
 # ---- A full disk, numbers that are none, errors of the machine ----------------------------------
 
 def fill_disk(patch, nth):
@@ -2087,7 +2171,8 @@ def uncounted(function):
 
 def child(event, number, line, out, rank, world, port):
     """What a process of `fork` does. It leaves its output and what it has seen in `out`."""
-    seen = {"calls": 0, "checkpoints": 0, "steps": 0, "memory": [], "nets": [], "wrote": []}
+    seen = {"calls": 0, "checkpoints": 0, "steps": 0, "memory": [], "nets": [], "wrote": [],
+            "tested": []}
 
     def is_last(name):
         seen[name] += 1
@@ -2131,12 +2216,15 @@ def child(event, number, line, out, rank, world, port):
     patch = pytest.MonkeyPatch()  # never undone
     spy(patch, tas.Run, "__init__", begin)
     spy(patch, tas, "take_step", step)
+    spy(patch, tas, "evaluate", lambda net, *_: seen["tested"].append(
+        copy.deepcopy({**net.state_dict()})))
     spy(patch, tas, "write_file", write)
     spy(patch, os, "replace", lambda _, new: seen["wrote"].append(str(new)))
     status = tas.main(line.split())
     sys.setprofile(None)
     note_memory()
     seen["nets"] = [{**net.state_dict()} for net in seen["nets"]]
+    seen["random"] = torch.get_rng_state()
     torch.save(seen, out / f"seen{rank}")
     sys.stdout.flush()
     os._exit(status)
@@ -2277,6 +2365,51 @@ def test_a_dead_process_ends_the_run(root, tmp_path):
     assert first not in (0, -signal.SIGALRM) and second == -signal.SIGKILL
     assert len(tas.load_tensors(tmp_path / "run" / "last.ckpt")["metrics"]) == 1
     assert not (tmp_path / "run" / "weights.pt").exists()
+
+def test_two_processes_are_the_slow_ones(root, tmp_path, capsys):
+    """Each has the gradient of its half of every batch, and the mean is followed; metrics are those
+    of all images, as one process finds them afterwards."""
+    line, runs = TRAIN.format(root=root) + f" --out {tmp_path}/", tmp_path / "run"
+    status, [a, b] = fork("", 0, line + "run", tmp_path / "out", 2)
+    assert status == [0, 0] and a["random"].equal(b["random"])
+    data = tas.load_data("folder", f"{root}/data", 8, torch.device("cpu"), 0)
+    torch.manual_seed(0)
+    net, seen = tas.ResNet(tas.Space("resnet20", 2, 8).full), []
+    weights = list(net.parameters())
+    velocity = [torch.zeros_like(w) for w in weights]
+    for i, (x, y) in enumerate(data.train.batches(torch.randperm(24), 6, True)):
+        parts = [(net(x[rank::2]), y[rank::2]) for rank in range(2)]
+        loss = sum(cross_entropy(z, y) for z, y in parts) / 2
+        lr = 0.1 if i == 0 else 0.05 * (1 + math.cos(math.pi * (i - 0.8) / 7.2))
+        sgd_step(weights, loss, velocity, lr, 5e-4)
+        seen.append((loss.item(), statistics.fmean(accuracy(z, y) for z, y in parts)))
+    found = read_metrics(runs)[0]
+    for name, value in means(("train_loss", "train_accuracy"), seen).items():
+        assert found[name] == pytest.approx(value, rel=1e-3)
+    assert len(a["tested"]) == 2 and identical(a["tested"], b["tested"])
+    capsys.readouterr()
+    assert run(f"eval {CHEAP} --data-dir {root}/data {runs}") == 0
+    assert f"accuracy {read_result(runs)['accuracy']:.2f}% on 8 images" in capsys.readouterr().out
+
+def test_two_processes_of_a_search_stay_in_step(root, tmp_path):
+    line = SEARCH.format(root=root) + f" --epochs 1 --out {tmp_path}/search"
+    status, [a, b] = fork("", 0, line, tmp_path / "out", 2)
+    assert status == [0, 0] and a["random"].equal(b["random"])
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_process_downloads(monkeypatch, first):
+    """While the others wait."""
+    calls = []
+    monkeypatch.setattr(tas, "setup", lambda args: None)
+    monkeypatch.setattr(tas, "is_first", lambda: first)
+    monkeypatch.setattr(tas, "wait_for_all", lambda: calls.append("wait"))
+    monkeypatch.setattr(tas, "load_data", lambda *_: calls.append("load") or SimpleNamespace(
+        train=SimpleNamespace(labels=range(99)), classes=["a", "b"]))
+    args = tas.build_parser().parse_args(
+        "train --data cifar10 --arch resnet20 --batch-size 9".split())
+    args.world = 1
+    tas.open_data(args)
+    assert calls == (["load", "wait"] if first else ["wait", "load"])
 
 # ---- What the commands leave --------------------------------------------------------------------
 
@@ -2554,6 +2687,34 @@ def test_a_run_keeps_its_precision(root, tmp_path, monkeypatch):
         line = f"eval {CHEAP} --data-dir {root}/data {tmp_path}/run --precision {precision}"
         assert run(line) == 0
     assert seen == ["bf16", "fp32"]
+
+def test_the_accuracy_is_that_of_the_last_epoch(root, tmp_path, monkeypatch):
+    """Not of the best one."""
+    falling = iter([(75.0, 100.0), (50.0, 100.0)])
+    monkeypatch.setattr(tas, "evaluate", lambda *_: next(falling))
+    assert run(TRAIN + " --out {tmp}/run", root=root, tmp=tmp_path) == 0
+    assert read_result(tmp_path / "run")["accuracy"] == 50
+
+@pytest.mark.parametrize("line, where", [
+    ("train --arch resnet20", "teacher"), ("train --shape {root}/runs/search", "pruned"),
+    ("search --arch resnet20 --method random", "search")])
+def test_where_results_go(root, tmp_path, monkeypatch, line, where):
+    monkeypatch.chdir(tmp_path)
+    assert run(f"{line} {CHEAP} --epochs 1 --data-dir {{root}}/data", root=root) == 0
+    assert [p.parent for p in Path().rglob("shape.json")] == [Path("runs/data-resnet20") / where]
+
+def test_seconds_of_a_run(root):
+    for part in ("teacher", "search", "pruned"):
+        lines = map(json.loads, (root / "runs" / part / "metrics.jsonl").read_text().splitlines())
+        seconds = tas.read_json(root / "runs" / part / "run.json")["result"]["seconds"]
+        assert seconds == pytest.approx(sum(line["seconds"] for line in lines), abs=0.06)
+
+def test_a_summary(root, capfd):
+    shape = tas.Shape.load(root / "runs/pruned")
+    params = sum(p.numel() for p in tas.load(root / "runs/pruned").parameters())
+    assert run(EVAL + "runs/pruned", root=root) == 0
+    assert (f"{slow_macs(shape) / 1e6:.2f}M MACs ({macs_share(root / 'runs/pruned'):.1%} of the "
+            f"unpruned), {params / 1e6:.3f}M parameters") in capfd.readouterr().out
 
 # ---- What the commands say, and what they take --------------------------------------------------
 
