@@ -8,7 +8,7 @@ help() {
     cat <<'END'
 bash reproduce.sh NAME [--dry-run]     --dry-run prints the commands and, of most, what they cost
 
-  smoke      teacher, search and distillation on synthetic data: one to four minutes on two cores
+  smoke      teacher, search and distillation on synthetic data: a few minutes on two cores
   test       the tests
   cpu        ResNet-20 on CIFAR-10 at 0.55 of the MACs, short schedule: eight hours of two cores
   budgets    the same at 0.2, 0.3 and 0.4 of the MACs
