@@ -1074,22 +1074,38 @@ def test_many_small_images(tmp_path):
     assert len(data.train.labels) == len(data.train.pixels) // 16 ** 2 == 520
 
 def test_large_images_are_augmented(tmp_path):
-    """An item is cropped, flipped and coloured anew every time: of a ramp from 60 to 190 half are
-    mirrored, some are brighter or darker, crops are of many sizes, and all differ."""
-    ramp = np.tile(np.linspace(60, 190, 100), (90, 1)).astype(np.uint8)
+    """An item is cropped, mirrored and coloured anew every time; its hue stays. The image is a
+    sawtooth of ten teeth in red: a crop shows some of them, and a mirror turns them round."""
+    tooth = np.arange(100) % 10 * 5
+    row = np.stack([80 + tooth, 60 + tooth, 60 + tooth], 1).astype(np.uint8)
     for part, name in itertools.product(("train", "val"), "ab"):
         (tmp_path / part / name).mkdir(parents=True)
-        Image.fromarray(ramp).save(tmp_path / part / name / "0.png")
+        Image.fromarray(np.tile(row, (100, 1, 1))).save(tmp_path / part / name / "0.png")
     data = tas.load_data("folder", str(tmp_path), 72, torch.device("cpu"), 0)
     torch.manual_seed(0)
     x = torch.cat([x for _ in range(2) for x, _ in data.train.batches(
         torch.zeros(64, dtype=torch.int64), 64, True)])
     assert len({image.numpy().tobytes() for image in x}) == 128
-    rise = (x[..., -1] - x[..., 0]).mean((1, 2))
-    assert 40 < (rise > 0).sum() < 88 and rise.abs().max() > 3 * rise.abs().min()
-    low, high = slow_normalize(torch.tensor([60, 190], dtype=torch.uint8).expand(1, 1, 3, 2)
-                               .permute(0, 1, 3, 2))[0, 0, 0]
-    assert x[:, 0].min() < low - 0.2 and x[:, 0].max() > high + 0.2
+    mean, std = (torch.tensor(t).view(3, 1) for t in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    red, green, blue = (255 * (x[:, :, 36] * std + mean)).round().unbind(1)  # [128, 72] each
+    assert green.equal(blue)
+    steps = [row[row != 0].sign() for row in green.diff()]
+    teeth = [int((row[1:] != row[:-1]).sum()) / 2 for row in steps]
+    assert min(teeth) <= 3 and max(teeth) >= 8
+    assert 40 < sum(float(row.sum()) < 0 for row in steps) < 88
+    height = green.amax(1) - green.amin(1)
+    colour = (red - green).mean(1) / height  # 20 / 45, whatever the brightness and the contrast
+    assert colour.min() < 0.33 and colour.max() > 0.55
+    assert height.min() < 30 and height.max() > 60
+
+def test_large_images_are_read_by_so_many_workers(tmp_path, monkeypatch):
+    write_images(tmp_path, size=80)
+    seen, plain = [], torch.utils.data.DataLoader.__init__
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", lambda *inputs, **named: (
+        seen.append(named["num_workers"]) or plain(*inputs, **named)))
+    data = tas.load_data.__wrapped__("folder", str(tmp_path), 72, torch.device("cpu"), 2)
+    next(data.train.batches(torch.arange(8), 4, True))
+    assert seen == [2]
 
 @pytest.mark.parametrize("train", [True, False])
 def test_two_processes_share_the_batch_of_large_images(tmp_path, train):
@@ -2396,6 +2412,15 @@ def test_two_processes_of_a_search_stay_in_step(root, tmp_path):
     status, [a, b] = fork("", 0, line, tmp_path / "out", 2)
     assert status == [0, 0] and a["random"].equal(b["random"])
 
+def test_two_processes_go_on(root, tmp_path):
+    """As if they had not been interrupted."""
+    line = TRAIN.format(root=root) + f" --out {tmp_path}/"
+    assert fork("", 0, line + "whole", tmp_path / "out", 2)[0] == [0, 0]
+    assert fork("steps", 6, line + "parts", tmp_path / "out", 2)[0][1] == -signal.SIGKILL
+    assert len(read_metrics(tmp_path / "parts")) == 1
+    assert fork("", 0, line + "parts", tmp_path / "out", 2)[0] == [0, 0]
+    check_same_run(tmp_path / "whole", tmp_path / "parts")
+
 @pytest.mark.parametrize("first", [True, False])
 def test_the_first_process_downloads(monkeypatch, first):
     """While the others wait."""
@@ -2739,6 +2764,16 @@ def test_the_teacher_s_accuracy_comes_before_the_search(root, tmp_path, capfd, s
     assert ("warning: the teacher is near chance" in err) == (accuracy < 55) == spoiled
     assert read_result(tmp_path / "runs/pruned")["teacher_accuracy"] == accuracy
 
+@pytest.mark.parametrize("accuracy, warned", [(18.9, True), (19.1, False)])
+def test_a_teacher_near_chance(monkeypatch, capfd, accuracy, warned):
+    """Of ten classes; near is within a tenth of the way to 100%."""
+    args = tas.build_parser().parse_args("train --data synthetic --teacher T".split())
+    args.device = torch.device("cpu")
+    data = SimpleNamespace(test=SimpleNamespace(labels=range(9)), classes=list("0123456789"))
+    monkeypatch.setattr(tas, "evaluate", lambda *_: (accuracy, 100.0))
+    assert tas.measure_teacher(args, data, torch.nn.Identity()) == accuracy
+    assert ("near chance" in capfd.readouterr().err) == warned
+
 def test_a_network_for_large_images_on_small_ones(tmp_path, capfd):
     write_images(tmp_path / "data", size=32)
     line = f"train {CHEAP} --epochs 1 --image-size 32 --data-dir {tmp_path}/data --out {tmp_path}/"
@@ -2795,6 +2830,20 @@ def test_commands_of_one_process(root, tmp_path, monkeypatch):
         counts.append(tas.read_json("run/run.json")["settings"]["images"])
     assert [text.split(",")[0] for text in counts] == ["24 + 8 images", "16 + 8 images",
                                                        "14 + 6 images"]
+
+def test_the_next_command(root, tmp_path, capfd):
+    """A search after the unpruned network, then its distillation, then the export."""
+    nexts = []
+    for line in (f"{TRAIN} --epochs 1 --out {{tmp}}/teacher",
+                 f"{SEARCH} --method random --out {{tmp}}/search",
+                 f"{GUIDED} --epochs 1 --out {{tmp}}/pruned"):
+        assert run(line, root=root, tmp=tmp_path) == 0
+        nexts.append(capfd.readouterr().out.splitlines()[-1])
+    words = f"--data folder --data-dir {root}/data --image-size 8"
+    assert nexts == [f"next: python tas.py search {words} --arch resnet20 --flops 0.5",
+                     f"next: python tas.py train {words} --shape {tmp_path}/search/shape.json "
+                     f"--teacher {tmp_path}/teacher",
+                     f"next: python tools/export.py {tmp_path}/pruned"]
 
 def test_the_next_command_can_be_typed(root, tmp_path, capfd):
     """Whatever the directories are called."""
