@@ -2781,12 +2781,12 @@ def test_a_network_for_large_images_on_small_ones(tmp_path, capfd):
         assert run(f"{line}{arch} --arch {arch}") == 0
         assert ("warning: resnet18" in capfd.readouterr().err) == warned
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
 def test_a_bar_on_a_terminal(root, tmp_path, capsys, monkeypatch):
     """One bar with loss, accuracy and MACs, in the place of a line an epoch."""
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert run(SEARCH + " --out {tmp}/run", root=root, tmp=tmp_path) == 0
     bar = sys.stderr.getvalue()
@@ -2800,10 +2800,6 @@ def test_a_bar_on_a_terminal(root, tmp_path, capsys, monkeypatch):
     ("--lr 1e9", ["error: {tmp}/teacher: the loss is not finite"])])
 def test_what_is_printed_has_lines_of_its_own(root, tmp_path, monkeypatch, flags, words):
     """On a terminal, where bars are drawn over themselves and stay above it."""
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", terminal)
