@@ -26,7 +26,7 @@ def name_series(groups):
         first = group[0]
         names.append(first.method if len(sets) == 1
                      else f"{first.arch} on {first.data}: {first.method}")
-        details.append((f"{first.epochs} epochs", first.other, first.precision))
+        details.append((f"{first.epochs} epochs", first.other))
     series = []
     for name, own in zip(names, details):
         rivals = [other for other, theirs in zip(details, names) if theirs == name]

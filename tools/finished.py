@@ -17,7 +17,7 @@ MEASURED = {  # what every line of metrics.jsonl must have
     "train": ("epoch", "test_accuracy"),
     "search": ("epoch", "expected_macs", "argmax_macs", "val_accuracy", "width_discrepancy",
                "depth_discrepancy")}
-APART = "seed", "teacher", "warm"  # settings in which the runs of a row may differ
+APART = "seed", "teacher", "warm", "precision"  # settings in which the runs of a row may differ
 
 def number(value):
     """The value; ValueError unless it is a number of a sensible size."""
@@ -62,7 +62,7 @@ def fields(path, info, shape, search, lines):
     the settings of the search that found the shape, {} without one."""
     settings, result = info["settings"], info["result"]
     training = settings["command"] == "train"
-    same = [info.get("precision")]  # all that the runs of a row have in common
+    same = []  # all that the runs of a row have in common
     for each in (settings, search):
         apart = (*APART, "shape") if search else APART
         same.append({name: value for name, value in each.items() if name not in apart})

@@ -80,7 +80,8 @@ def row(group, parent, others):
         "params M": mean([each.params / 1e6 for each in group], 3),
         "teacher %": teacher, "accuracy %": mean([each.accuracy for each in group]), "drop": drop,
         "seeds": " ".join(str(each.seed) for each in group), "epochs": first.epochs,
-        "precision": first.precision, "other settings": first.other,
+        "precision": ", ".join(sorted({each.precision for each in group})),
+        "other settings": first.other,
         "training minutes": mean([each.seconds / 60 for each in group], 1),
         "paper (as transcribed)": beside(group, others),
         "runs": ", ".join(os.path.relpath(each.path, parent) for each in group)}

@@ -1,4 +1,4 @@
-"""The rows of a report: trainings that differ in nothing but the seed."""
+"""The rows of a report: trainings that are alike but for their seeds."""
 
 import json
 import statistics
@@ -8,24 +8,28 @@ from naming import MACS, MISSING
 SHOWN = {"arch", "target", "shape", "method"}  # elsewhere in the table
 
 def group_trainings(runs):
-    """Rows: lists of trainings by seed. Each seed may have a teacher of its own, which does not
-    tell rows apart; where one seed had several, each teacher has a row."""
+    """Rows: lists of trainings by seed. Each seed may have a teacher and a precision of its own,
+    which do not tell rows apart; where one seed had several, each of them has a row."""
     groups, rows = {}, []
     for each in sorted(runs, key=lambda each: each.seed):
         if each.training:
-            key = each.arch, each.data, each.method, each.transfer, each.same
+            key = (each.arch, each.data, each.method, each.transfer, each.target or 0, each.same)
             groups.setdefault(key, []).append(each)
     for _, group in sorted(groups.items()):
-        pairs = {(each.seed, each.teacher_id) for each in group}
-        if len(pairs) == len({seed for seed, _ in pairs}):
-            rows.append(group)
-            continue
-        parts = {}
-        for each in group:
-            add_setting(each, f"teacher {each.teacher_id}")
-            parts.setdefault(each.teacher_id, []).append(each)
-        rows += parts.values()
+        for part in split(group, "teacher", "teacher_id"):
+            rows += split(part, "precision", "precision")
     return tell_apart(rows)
+
+def split(group, word, name):
+    """The group alone or, where one seed has several values of a name, a part for each value."""
+    pairs = {(each.seed, getattr(each, name)) for each in group}
+    if len(pairs) == len({seed for seed, _ in pairs}):
+        return [group]
+    parts = {}
+    for each in group:
+        add_setting(each, f"{word} {getattr(each, name)}")
+        parts.setdefault(getattr(each, name), []).append(each)
+    return list(parts.values())
 
 def add_setting(training, words):
     """Put a setting among those that the table shows."""
@@ -36,11 +40,10 @@ def tell_apart(rows):
     alike = {}
     for row in rows:
         first = row[0]
-        looks = (first.arch, first.data, first.method, first.transfer, first.epochs,
-                 first.precision, first.other)
+        looks = (first.arch, first.data, first.method, first.transfer, first.epochs, first.other)
         alike.setdefault(looks, []).append(row)
     for group in alike.values():
-        _, *settings = zip(*[json.loads(row[0].same) for row in group])
+        settings = zip(*[json.loads(row[0].same) for row in group])
         for step, each in zip(("", "search "), settings):
             for name in sorted(set().union(*each) - SHOWN):
                 values = [str(one.get(name, MISSING)) for one in each]

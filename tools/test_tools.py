@@ -656,7 +656,7 @@ def test_report_of_one_run_counts_it_once(world, tmp_path):
 def test_report_keeps_other_settings_apart(world, tmp_path):
     """Only runs that differ in nothing but the seed are averaged."""
     changes = [{}, {"lr": 0.2}, {"weight_decay": 0.0}, {"batch_size": 3}, {"seed": 7},
-               {"precision": "bf16"}, {"new_setting": 1}, {"epochs": 3}, {"used": "bf16"}]
+               {"new_setting": 1}, {"epochs": 3}, {"used": "bf16"}]
     for i, entries in enumerate(changes):
         directory = shutil.copytree(world / "runs" / "pruned", tmp_path / str(i))
         info = tas.read_json(directory / "run.json")
@@ -664,11 +664,12 @@ def test_report_keeps_other_settings_apart(world, tmp_path):
         info["settings"] |= entries
         (directory / "run.json").write_text(json.dumps(info))
     status, (table,) = make_report(tmp_path)
-    assert status == 0 and sorted(row["seeds"] for row in table) == ["0"] * 7 + ["0 7"]
+    assert status == 0 and sorted(row["seeds"] for row in table) == ["0"] * 6 + ["0 7"]
     other = {row["runs"]: row["other settings"] for row in table}
     assert other["1"] == "lr 0.2, batch-size 6" and other["3"] == "batch-size 3"
-    assert other["6"] == ("batch-size 6, new-setting 1, precision fp32, weight-decay 0.0005")
-    assert len(set(other.values())) == 7  # the one in another precision has a column for it
+    assert other["5"] == "batch-size 6, new-setting 1, weight-decay 0.0005"
+    assert other["7"] == "batch-size 6, precision bf16"
+    assert len(set(other.values())) == 7
 
 def test_report_tells_rows_apart_that_look_alike(world, tmp_path):
     """By the settings in which they differ, which may have no default to differ from."""
@@ -704,6 +705,33 @@ def test_report_keeps_two_teachers_of_one_seed_apart(world, tmp_path):
     shutil.rmtree(tmp_path / "c")
     _, (table,) = make_report(tmp_path)
     assert [(row["seeds"], row["other settings"]) for row in table] == [("0 1", "batch-size 6")]
+
+def test_seeds_in_precisions_of_their_own_share_a_row(world, tmp_path):
+    """Which shows them; of one seed in two precisions the rows are two."""
+    for seed, used in enumerate(("fp32", "bf16", "fp32")):
+        directory = shutil.copytree(world / "runs" / "pruned", tmp_path / str(seed))
+        info = tas.read_json(directory / "run.json")
+        info["precision"] = info["settings"]["precision"] = used
+        info["settings"]["seed"] = seed
+        info["result"]["search"]["precision"] = used
+        (directory / "run.json").write_text(json.dumps(info))
+    _, (table,) = make_report(tmp_path)
+    assert [(row["seeds"], row["precision"]) for row in table] == [("0 1 2", "bf16, fp32")]
+    both = shutil.copytree(tmp_path / "0", tmp_path / "3")
+    info["precision"], info["settings"]["seed"] = "bf16", 0
+    (both / "run.json").write_text(json.dumps(info))
+    _, (table,) = make_report(tmp_path)
+    assert sorted((row["seeds"], row["precision"], row["other settings"]) for row in table) == [
+        ("0 1", "bf16", "batch-size 6, precision bf16"),
+        ("0 2", "fp32", "batch-size 6, precision fp32")]
+
+def test_rows_are_in_the_order_of_their_targets(world, tmp_path):
+    for name, target in (("a", 9e5), ("b", 1e6), ("c", 2e5)):
+        directory = shutil.copytree(world / "runs" / "pruned", tmp_path / name)
+        search = tas.read_json(directory / "run.json")["result"]["search"]
+        change(directory, search=search | {"target": target})
+    _, (table,) = make_report(tmp_path)
+    assert [row["runs"] for row in table] == ["c", "a", "b"]
 
 def test_report_keeps_given_shapes_apart(world, tmp_path):
     """Without a search, networks of other shapes are other networks."""
@@ -1021,7 +1049,7 @@ def test_legends_tell_rows_apart(world):
         "tas, 2 + 2 epochs", "tas, 9 + 2 epochs", "random"]
     groups = [[run], [changed(run, precision="bf16", other="lr 0.2")], [changed(run, seed=5)]]
     assert figure.name_series(groups) == [
-        "tas, batch-size 6, fp32", "tas, lr 0.2, bf16", "tas, batch-size 6, fp32"]
+        "tas, batch-size 6", "tas, lr 0.2", "tas, batch-size 6"]
     groups = [[run], [changed(run, arch="resnet32")], [changed(run, data="x\n")]]
     assert figure.name_series(groups) == [
         "resnet20 on insects: tas", "resnet32 on insects: tas", r"resnet20 on x\n: tas"]
