@@ -77,6 +77,11 @@ def fields(path, info, shape, search, lines):
         data = argument(info, "--data-dir") or MISSING
     if training and search.get("method") == "tas":
         epochs = f"{search['epochs']} + {epochs}"
+    precision = str(info.get("precision", MISSING))
+    asked = settings.get("precision")
+    searched = search.get("precision", asked)
+    if asked and searched != asked:
+        precision = f"{searched} + {precision}"
     teacher = result.get("teacher_accuracy")
     return SimpleNamespace(
         path=path, training=training, arch=shape.arch, data=str(data), shape=shape, lines=lines,
@@ -85,7 +90,7 @@ def fields(path, info, shape, search, lines):
         transfer=str(settings["transfer"]) if training else "",
         other=unusual("train", settings).removeprefix(", ") if training else "",
         same=json.dumps(same, sort_keys=True), seed=number(settings["seed"]), epochs=epochs,
-        precision=str(info.get("precision", MISSING)), machine=str(info.get("machine", MISSING)),
+        precision=precision, machine=str(info.get("machine", MISSING)),
         unit=unit, target=target, cost=cost,
         tolerance=number(search["tolerance"]) if search else None,  # as a share of it
         macs=result["macs"], full_macs=tas.count_macs(shape.full),

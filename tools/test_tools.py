@@ -707,7 +707,7 @@ def test_report_keeps_two_teachers_of_one_seed_apart(world, tmp_path):
     assert [(row["seeds"], row["other settings"]) for row in table] == [("0 1", "batch-size 6")]
 
 def test_seeds_in_precisions_of_their_own_share_a_row(world, tmp_path):
-    """Which shows them; of one seed in two precisions the rows are two."""
+    """Which shows them; of one seed in two precisions, of training or search, the rows are two."""
     for seed, used in enumerate(("fp32", "bf16", "fp32")):
         directory = shutil.copytree(world / "runs" / "pruned", tmp_path / str(seed))
         info = tas.read_json(directory / "run.json")
@@ -724,6 +724,13 @@ def test_seeds_in_precisions_of_their_own_share_a_row(world, tmp_path):
     assert sorted((row["seeds"], row["precision"], row["other settings"]) for row in table) == [
         ("0 1", "bf16", "batch-size 6, precision bf16"),
         ("0 2", "fp32", "batch-size 6, precision fp32")]
+    shutil.rmtree(both)
+    info = tas.read_json(tmp_path / "2" / "run.json")
+    info["settings"]["seed"], info["result"]["search"]["precision"] = 0, "bf16"
+    (tmp_path / "2" / "run.json").write_text(json.dumps(info))
+    _, (table,) = make_report(tmp_path)
+    assert sorted((row["seeds"], row["precision"]) for row in table) == [
+        ("0", "bf16 + fp32"), ("0", "fp32"), ("1", "bf16")]
 
 def test_rows_are_in_the_order_of_their_targets(world, tmp_path):
     for name, target in (("a", 9e5), ("b", 1e6), ("c", 2e5)):
