@@ -12,7 +12,8 @@ from command import printable
 from trajectory import draw_search, draw_searches, draw_sizes
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#bcbd22",
-           "#17becf", "#000000", "#7a0177", "#006d2c")
+           "#17becf", "#000000", "#7a0177", "#006d2c",
+           "#a6761d")  # one more than the markers: 13 x 12 pairs differ
 MARKERS = "osD^vPX*<>ph"
 FILLS = {"none": "none", "init": "left", "kd": "full"}  # of the markers, by transfer
 DASHES = {"none": ":", "init": "--", "kd": "-"}         # of the curves, by transfer
