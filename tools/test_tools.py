@@ -813,15 +813,19 @@ def test_report_reads_the_committed_runs(tmp_path, capsys):
         assert row["accuracy %"].split(" ± ")[0] == f"{statistics.mean(values):.2f}"
         halves = "half-" in row["runs"]  # trained on one half, tested on the other
         assert row["data"] == ("cifar10-half" if halves else "cifar10")
-        # The paper's network has 22.4M MACs: beside those of 0.55, not beside smaller ones.
+        # The paper's ResNet-20 has 22.4M MACs: beside those of 0.55, not beside smaller ones.
         near = 22.4 / 1.1 < float(row["MACs M"].split()[0]) < 22.4 / 0.9
-        expected = {("tas", "kd", True): "92.88 at 22.4M",
-                    ("unpruned", "none", False): "92.88 at 40.8M"}
-        found = row["size found by"], row["transfer"], near
+        expected = {("resnet20", "tas", "kd", True): "92.88 at 22.4M",
+                    ("resnet20", "unpruned", "none", False): "92.88 at 40.8M",
+                    ("resnet56", "unpruned", "none", False): "94.46 at 125.8M"}
+        found = row["arch"], row["size found by"], row["transfer"], near
         assert row["paper (as transcribed)"] == expected.get(found, "-")
     assert not trained
-    assert {row["size found by"] for row in paper} == {"unpruned", "TAS", "TAS, depth only",
-                                                       "TAS, width only"}
+    of = {arch: {row["size found by"] for row in paper if row["arch"] == arch}
+          for arch in ("resnet20", "resnet56")}
+    assert of == {"resnet20": {"unpruned", "TAS", "TAS, depth only", "TAS, width only"},
+                  "resnet56": {"unpruned", "TAS", "AMC", "FPGM", "SFP"}}
+    assert {row["arch"] for row in paper} == set(of)
     assert "Transcribed" in (tmp_path / "report.md").read_text()
 
 def test_transcribed_numbers_agree_with_one_another():
